@@ -1,0 +1,63 @@
+# make bench · make test · make lint · make gpu-check
+#
+# Each does its own set-up in .venv, or uses the interpreter that PYTHON= names as it is:
+#   make test PYTHON=/opt/conda/bin/python
+# DROPPATH_EXT_CUDA, TORCH_CUDA_ARCH_LIST, CUDA_HOME and MAX_JOBS reach the build (see setup.py).
+
+VENV ?= .venv
+TORCH ?= torch torchvision timm
+
+ifdef PYTHON
+ENVIRONMENT :=
+else
+PYTHON := $(VENV)/bin/python
+ENVIRONMENT := $(VENV)/.installed
+endif
+
+SOURCES := setup.py $(wildcard csrc/*.* csrc/*/*.*)
+# Built in place for one interpreter at a time: another one, or other settings, build anew.
+BUILD := build/built-for
+SETTINGS := $(abspath $(PYTHON)) $(DROPPATH_EXT_CUDA) $(TORCH_CUDA_ARCH_LIST) $(CUDA_HOME)
+ifneq ($(SETTINGS),$(shell cat $(BUILD) 2>/dev/null))
+.PHONY: $(BUILD)
+endif
+
+export PYTHONPATH := $(CURDIR)
+
+.PHONY: bench test lint gpu-check build clean
+
+bench: build
+	$(PYTHON) benchmarks/run.py $(BENCH_ARGS)
+
+test: build
+	$(PYTHON) -m pytest $(TEST_ARGS)
+
+lint: $(ENVIRONMENT)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+	$(dir $(PYTHON))clang-format --dry-run --Werror $(filter csrc/%,$(SOURCES))
+
+gpu-check: $(ENVIRONMENT)
+	PYTHON=$(PYTHON) benchmarks/gpu_check.sh
+
+build: $(BUILD)
+
+$(BUILD): $(ENVIRONMENT) $(SOURCES)
+	$(PYTHON) setup.py build_ext --inplace
+	@mkdir -p $(@D) && echo '$(SETTINGS)' > $@
+
+# The last step brings an nvcc of torch's own CUDA version where the machine has none.
+$(VENV)/.installed: pyproject.toml
+	python3 -m venv $(VENV)
+	$(PYTHON) -m pip install --upgrade pip setuptools wheel ninja
+	$(PYTHON) -m pip install $(TORCH)
+	$(PYTHON) -m pip install --group test --group bench --group lint
+	@cuda=$$($(PYTHON) -c 'import torch; print(torch.version.cuda or "")') && \
+	if [ -n "$$cuda" ] && [ "$(DROPPATH_EXT_CUDA)" != 0 ] && [ -z "$(CUDA_HOME)" ] && ! command -v nvcc; then \
+	  $(PYTHON) -m pip install $(foreach name,cuda-nvcc nvvm cuda-crt cuda-cccl cuda-runtime,"nvidia-$(name)==$$cuda.*"); \
+	fi
+	@touch $@
+
+clean:
+	rm -rf build dist *.egg-info droppath_ext/*.so

@@ -1,0 +1,82 @@
+// Derivatives: one torch::autograd::Function per op. drop_path is linear in x, so the derivative of either op is
+// drop_path_backward.
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "ops.h"
+
+namespace droppath_ext {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+void save(AutogradContext* ctx, const at::Tensor& keep, double scale) {
+  ctx->save_for_backward({keep});
+  ctx->saved_data["scale"] = scale;
+  ctx->set_materialize_grads(false);
+}
+
+at::Tensor backward_of(AutogradContext* ctx, const at::Tensor& grad) {
+  if (!grad.defined()) {
+    return {};
+  }
+  return drop_path_backward(grad, ctx->get_saved_variables()[0], ctx->saved_data["scale"].toDouble());
+}
+
+struct DropPath : torch::autograd::Function<DropPath> {
+  static variable_list forward(AutogradContext* ctx, const at::Tensor& x, double drop_prob, bool scale_by_keep,
+                               bool per_sample, const std::optional<at::Generator>& generator) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [out, keep] = drop_path(x, drop_prob, scale_by_keep, per_sample, generator);
+    save(ctx, keep, keep_scale(drop_prob, scale_by_keep));
+    ctx->mark_non_differentiable({keep});
+    return {out, keep};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    return {backward_of(ctx, grads[0]), {}, {}, {}, {}};
+  }
+};
+
+struct DropPathBackward : torch::autograd::Function<DropPathBackward> {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& grad, const at::Tensor& keep, double scale) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    save(ctx, keep, scale);
+    return drop_path_backward(grad, keep, scale);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    return {backward_of(ctx, grads[0]), {}, {}};
+  }
+};
+
+// A graph node costs more than a tiny forward: build it only where somebody will ask for gradients.
+bool needs_graph(const at::Tensor& x) { return at::GradMode::is_enabled() && x.requires_grad(); }
+
+std::tuple<at::Tensor, at::Tensor> drop_path_autograd(const at::Tensor& x, double drop_prob, bool scale_by_keep,
+                                                      bool per_sample, const std::optional<at::Generator>& generator) {
+  if (!needs_graph(x)) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return drop_path(x, drop_prob, scale_by_keep, per_sample, generator);
+  }
+  auto outputs = DropPath::apply(x, drop_prob, scale_by_keep, per_sample, generator);
+  return {std::move(outputs[0]), std::move(outputs[1])};
+}
+
+at::Tensor drop_path_backward_autograd(const at::Tensor& grad, const at::Tensor& keep, double scale) {
+  if (!needs_graph(grad)) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return drop_path_backward(grad, keep, scale);
+  }
+  return DropPathBackward::apply(grad, keep, scale);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(droppath_ext, Autograd, m) {
+  m.impl("drop_path", &drop_path_autograd);
+  m.impl("drop_path_backward", &drop_path_backward_autograd);
+}
+
+}  // namespace droppath_ext

@@ -1,0 +1,65 @@
+// The Python module: eager entry points that skip torch.ops' schema matching, and what the binary was built with.
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+
+#ifdef DROPPATH_EXT_WITH_CUDA
+#include <cuda_runtime_api.h>
+#endif
+
+#include "ops.h"
+
+namespace {
+
+// The package reads this line from the file when the binary does not load: it then still says whom it was built for.
+constexpr const char* kBuiltWith = "droppath_ext built with torch " DROPPATH_EXT_TORCH_VERSION;
+
+#ifdef DROPPATH_EXT_WITH_CUDA
+constexpr bool kHasCuda = true;
+#else
+constexpr bool kHasCuda = false;
+#endif
+
+// Whether the kernels serve x, here and now: plain strided CPU and CUDA tensors. The C++ autograd functions know
+// neither the transforms of torch.func nor forward-mode AD; subclasses and other devices have semantics of their own.
+bool uses_fused_path(py::handle x) {
+  if (!THPVariable_CheckExact(x.ptr()) ||
+      c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode)) {
+    return false;
+  }
+  const at::Tensor& tensor = THPVariable_Unpack(x.ptr());
+  return tensor.layout() == at::kStrided && (tensor.is_cpu() || (kHasCuda && tensor.is_cuda())) &&
+         !tensor._fw_grad(/*level=*/0).defined();
+}
+
+// Nothing where the composite path has to serve x: the check costs less inside this call than one of its own.
+std::optional<at::Tensor> drop_path(py::handle x, double drop_prob, bool scale_by_keep, bool per_sample,
+                                    const std::optional<at::Generator>& generator) {
+  if (!uses_fused_path(x)) {
+    return std::nullopt;
+  }
+  const at::Tensor& tensor = THPVariable_Unpack(x.ptr());
+  py::gil_scoped_release no_gil;
+  return std::get<0>(droppath_ext::drop_path(tensor, drop_prob, scale_by_keep, per_sample, generator));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = kBuiltWith;
+  m.attr("has_cuda") = kHasCuda;
+  m.attr("torch_version") = DROPPATH_EXT_TORCH_VERSION;
+#ifdef DROPPATH_EXT_WITH_CUDA
+  m.attr("cuda_version") = std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION / 10 % 100);
+  m.attr("cuda_archs") = DROPPATH_EXT_CUDA_ARCHS;
+#else
+  m.attr("cuda_version") = py::none();
+  m.attr("cuda_archs") = py::none();
+#endif
+
+  m.def("uses_fused_path", &uses_fused_path, py::arg("x"));
+  m.def("drop_path", &drop_path, py::arg("x"), py::arg("drop_prob"), py::arg("scale_by_keep"), py::arg("per_sample"),
+        py::arg("generator") = py::none());
+  m.def("keep_mask", &droppath_ext::draw_keep_mask, py::arg("seed"), py::arg("offset"), py::arg("size"),
+        py::arg("drop_prob"));
+}

@@ -1,0 +1,27 @@
+// The draw that every kernel shares: is sample b kept?
+#pragma once
+
+#include <c10/macros/Macros.h>
+#include <c10/util/Exception.h>
+// After Exception.h, which it needs and does not include.
+#include <ATen/core/PhiloxRNGEngine.h>
+
+#include <cmath>
+#include <cstdint>
+
+namespace droppath_ext {
+
+// A random 32-bit number r keeps its sample iff r < keep_prob * 2^32. Rounding up leaves that comparison of an
+// integer with a real unchanged, and 33 bits make drop_prob 0 (always) and 1 (never) exact.
+inline uint64_t keep_threshold(double drop_prob) {
+  return static_cast<uint64_t>(std::ceil(std::ldexp(1.0 - drop_prob, 32)));
+}
+
+// The generator counts its offset in 32-bit numbers, Philox in blocks of four: dividing keeps these draws apart from
+// those of every other kernel that uses the same generator.
+C10_HOST_DEVICE inline bool draw_keep(uint64_t seed, uint64_t offset, uint64_t sample, uint64_t threshold) {
+  at::Philox4_32 philox(seed, /*subsequence=*/sample, offset / 4);
+  return philox() < threshold;
+}
+
+}  // namespace droppath_ext

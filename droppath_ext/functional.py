@@ -1,0 +1,82 @@
+"""The public functions: arguments are checked and the path is chosen here."""
+
+import functools
+import warnings
+
+from torch import Generator, Tensor
+from torch.compiler import is_compiling
+
+from . import reference
+from ._native import _C, REBUILD
+
+MODES = ("row", "batch")
+
+
+def check_drop_prob(drop_prob: float) -> None:
+    """Raise unless ``drop_prob`` is a number in [0, 1]."""
+    try:
+        valid = 0.0 <= drop_prob <= 1.0
+    except TypeError:
+        raise TypeError(f"drop_prob must be a number in [0, 1], but got {drop_prob!r}") from None
+    if not valid:
+        raise ValueError(f"drop_prob must be in [0, 1], but got {drop_prob!r}")
+
+
+def check_mode(mode: str) -> None:
+    """Raise unless ``mode`` is "row" or "batch"."""
+    if mode not in MODES:
+        raise ValueError(f'mode must be "row" or "batch", but got {mode!r}')
+
+
+@functools.cache
+def _warn_without_kernels() -> None:
+    warnings.warn(
+        "droppath_ext was built without CUDA: CUDA tensors take the slower composite path. To build the CUDA kernels, "
+        f"with an nvcc at hand: DROPPATH_EXT_CUDA=1 {REBUILD}",
+        stacklevel=3,
+    )
+
+
+def drop_path(
+    x: Tensor,
+    drop_prob: float = 0.0,
+    training: bool = False,
+    scale_by_keep: bool = True,
+    *,
+    mode: str = "row",
+    generator: Generator | None = None,
+) -> Tensor:
+    """Stochastic depth: zero each sample of x with probability ``drop_prob``, and scale the others by 1 / keep_prob.
+
+    A drop-in for ``timm.layers.drop_path`` in one pass over memory: dropped samples are not even read. Kept samples are
+    multiplied in float32 (float64 for float64) and rounded once; dropped ones are exactly +0, also where x is NaN or
+    Inf, and so are their gradients.
+
+    Args:
+        x: Tensor [B, ...] of float16, bfloat16, float32 or float64, of any layout; dim 0 counts the samples.
+        drop_prob: Probability p in [0, 1] that a sample is dropped.
+        training: If False, x itself is returned, as for ``drop_prob=0``.
+        scale_by_keep: Scale kept samples by 1 / (1 - p), so that the expectation is x.
+        mode: "row" draws for each sample, "batch" once for the whole batch (torchvision's names).
+        generator: Random number generator of x's device. Default: torch's own, so ``torch.manual_seed`` reproduces.
+
+    Returns:
+        Tensor of the shape, dtype, device and (for dense x) strides of x; x itself where nothing can be dropped.
+
+    Raises:
+        ValueError: ``drop_prob`` is outside [0, 1], ``mode`` is unknown, or x is 0-dimensional.
+        TypeError: x is not of a floating-point dtype listed above, or ``drop_prob`` is not a number.
+
+    Source: Huang et al., "Deep Networks with Stochastic Depth", https://arxiv.org/abs/1603.09382, drawn per sample.
+    """
+    check_drop_prob(drop_prob)
+    check_mode(mode)
+    if drop_prob == 0.0 or not training:
+        return x
+    if not is_compiling():  # where Inductor fuses the composite with its neighbours, as no opaque kernel can be
+        out = _C.drop_path(x, drop_prob, scale_by_keep, mode == "row", generator)
+        if out is not None:
+            return out
+        if not _C.has_cuda and x.is_cuda:
+            _warn_without_kernels()
+    return reference.drop_path(x, drop_prob, scale_by_keep, mode, generator)
