@@ -121,7 +121,7 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtensio
 sources = [str(path) for path in sorted(Path("csrc").glob("*.cpp")) + sorted(Path("csrc/cpu").glob("*.cpp"))]
 macros = {"DROPPATH_EXT_TORCH_VERSION": torch.__version__}
 # OpenMP's symbols come from the runtime that torch brings: a second one would keep a thread pool of its own.
-flags = {"cxx": ["-O3"] + (["-fopenmp"] if sys.platform == "linux" else [])}
+flags = {"cxx": ["-O3", "-g0"] + (["-fopenmp"] if sys.platform == "linux" else [])}
 if toolkit:
     sources += [str(path) for path in sorted(Path("csrc/cuda").glob("*.cu"))]
     macros |= {"DROPPATH_EXT_WITH_CUDA": None, "DROPPATH_EXT_CUDA_ARCHS": os.environ["TORCH_CUDA_ARCH_LIST"]}

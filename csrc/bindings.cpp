@@ -43,6 +43,11 @@ std::optional<at::Tensor> drop_path(py::handle x, double drop_prob, bool scale_b
   return std::get<0>(droppath_ext::drop_path(tensor, drop_prob, scale_by_keep, per_sample, generator));
 }
 
+at::Tensor keep_mask(uint64_t seed, uint64_t offset, int64_t size, double drop_prob) {
+  droppath_ext::check_drop_prob(drop_prob);
+  return droppath_ext::draw_keep_mask(seed, offset, size, drop_prob);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -60,6 +65,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("uses_fused_path", &uses_fused_path, py::arg("x"));
   m.def("drop_path", &drop_path, py::arg("x"), py::arg("drop_prob"), py::arg("scale_by_keep"), py::arg("per_sample"),
         py::arg("generator") = py::none());
-  m.def("keep_mask", &droppath_ext::draw_keep_mask, py::arg("seed"), py::arg("offset"), py::arg("size"),
-        py::arg("drop_prob"));
+  m.def("keep_mask", &keep_mask, py::arg("seed"), py::arg("offset"), py::arg("size"), py::arg("drop_prob"));
 }

@@ -37,7 +37,7 @@ at::Tensor drop_path_backward(const at::Tensor& grad, const at::Tensor& keep, do
 void check_input(const at::Tensor& x, const char* name) {
   const auto dtype = x.scalar_type();
   TORCH_CHECK_TYPE(dtype == at::kHalf || dtype == at::kBFloat16 || dtype == at::kFloat || dtype == at::kDouble, name,
-                   " must be float16, bfloat16, float32 or float64, but got ", x.dtype().name());
+                   " must be float16, bfloat16, float32 or float64, but got ", c10::getDtypeNames(dtype).first);
   TORCH_CHECK_VALUE(x.dim() > 0, name, " must have at least one dimension, the samples, but got a 0-dim tensor");
 }
 
@@ -46,7 +46,8 @@ void check_drop_prob(double drop_prob) {
 }
 
 void check_keep(const at::Tensor& keep, const at::Tensor& x) {
-  TORCH_CHECK_TYPE(keep.scalar_type() == at::kBool, "keep must be bool, but got ", keep.dtype().name());
+  TORCH_CHECK_TYPE(keep.scalar_type() == at::kBool, "keep must be bool, but got ",
+                   c10::getDtypeNames(keep.scalar_type()).first);
   TORCH_CHECK_VALUE(keep.device() == x.device(), "keep must be on ", x.device(), ", but got ", keep.device());
   TORCH_CHECK_VALUE(keep.dim() == 1 && (keep.sym_size(0) == 1 || keep.sym_size(0) == x.sym_size(0)),
                     "keep must have one entry for each of ", x.sym_size(0), " samples, or one in all, but got shape ",

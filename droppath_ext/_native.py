@@ -1,5 +1,6 @@
 """Loads the native extension, or says why it does not load and how to rebuild it."""
 
+import platform
 import re
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -24,20 +25,20 @@ def _release(version: str) -> str:
 
 
 try:
-    from . import _C
+    import droppath_ext._C as _C
 except ImportError as error:
     built_with = _built_with()
     if built_with is None:
-        message = "droppath_ext has no native extension for this Python"
+        message = f"droppath_ext has no native extension for Python {platform.python_version()}"
     else:
-        message = f"droppath_ext was built with torch {built_with} and does not load with torch {torch.__version__}"
-    raise ImportError(f"{message} ({error}). To build it: {REBUILD}") from error
+        message = f"droppath_ext was built with torch {built_with}, but this is torch {torch.__version__} ({error})"
+    raise ImportError(f"{message}. To build it: {REBUILD}") from error
 
 # Another torch's extension may load and then misbehave: nothing guards the C++ ABI between releases.
 if _release(_C.torch_version) != _release(torch.__version__):
     raise ImportError(
         f"droppath_ext was built with torch {_C.torch_version}, but this is torch {torch.__version__}. "
-        f"To build it for this torch: {REBUILD}"
+        f"To build it: {REBUILD}"
     )
 
 __all__ = ["REBUILD", "_C"]

@@ -27,14 +27,17 @@ def keep_scale(drop_prob: float, scale_by_keep: bool) -> float:
 def draw_keep_mask(x: Tensor, drop_prob: float, mode: str = "row", generator: Generator | None = None) -> Tensor:
     """Draw which samples of x are kept: bool [B], or [1] if ``mode`` is "batch"."""
     size = x.shape[0] if mode == "row" else 1
-    # new_empty keeps what x is, be it a DTensor or a batch of vmap; float32, for float16 has too few values of p.
-    return x.new_empty((size,), dtype=torch.float32).bernoulli_(1.0 - drop_prob, generator=generator) != 0
+    # new_empty keeps what x is, say a DTensor; nested tensors have none. float32: float16 is too coarse for some p.
+    like = x.values() if x.is_nested else x
+    return like.new_empty((size,), dtype=torch.float32).bernoulli_(1.0 - drop_prob, generator=generator) != 0
 
 
 def apply_keep_mask(x: Tensor, keep: Tensor, scale: float) -> Tensor:
     """x * scale where the sample is kept, rounded once; +0 where it is dropped, whatever x holds there."""
-    # ATen multiplies by a Python number in float32 for half types and in float64 for float64.
-    return torch.where(keep.view(-1, *[1] * (x.ndim - 1)), x * scale, 0.0)
+    keep = keep.view(-1, *[1] * (x.ndim - 1))
+    scaled = x * scale  # ATen multiplies by a Python number in float32 for half types and in float64 for float64
+    # Only where() keeps the strides of x, but it knows no nested tensors.
+    return scaled.masked_fill(~keep, 0.0) if x.is_nested else torch.where(keep, scaled, 0.0)
 
 
 def drop_path(x: Tensor, drop_prob: float, scale_by_keep: bool, mode: str, generator: Generator | None) -> Tensor:

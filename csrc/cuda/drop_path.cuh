@@ -3,9 +3,13 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <ATen/cuda/PhiloxUtils.cuh>
 
 #include <cstdint>
+#include <tuple>
+#include <type_traits>
+
+// After <tuple>, which it needs and in torch 2.11 does not include.
+#include <ATen/cuda/PhiloxUtils.cuh>
 
 #include "../keep_mask.h"
 #include "../rows.h"
@@ -67,19 +71,23 @@ struct SavedMask {
   __device__ bool operator()(int64_t sample, bool /*write*/) const { return keep[sample]; }
 };
 
-// A block takes one tile. It asks the mask once for each of the tile's rows, then each thread moves kUnroll vectors,
-// all loaded before the first is used, so that enough reads are in flight to cover the latency of memory.
+// A block takes one tile. For each of the tile's rows it asks the mask once and notes where the row is to be read; then
+// each thread moves kUnroll vectors, all loaded before the first is used, so that enough reads are in flight to cover
+// the latency of memory.
 template <typename T, int kWidth, typename Mask>
 __global__ void __launch_bounds__(kThreads)
     scale_kept_kernel(T* __restrict__ out, const T* __restrict__ x, Mask mask, Rows rows, Tiling tiling,
                       typename Opmath<T>::type scale) {
   using VectorT = Vector<T, kWidth>;
-  __shared__ bool kept[kVectorsPerTile];
+  constexpr int64_t kDropped = -1;
+  __shared__ int64_t sources[kVectorsPerTile];  // offset of each row in x, or kDropped
 
   const Tile tile = tiling.tile(blockIdx.x, rows);
-  for (int row = threadIdx.x; row < tile.rows; row += kThreads) {
-    const int64_t global_row = tile.first_row + row;
-    kept[row] = mask(rows.sample_of(global_row), tile.first_column == 0 && global_row < rows.samples);
+#pragma unroll 1
+  for (int i = threadIdx.x; i < tile.rows; i += kThreads) {
+    const int64_t row = tile.first_row + i;
+    const bool writes_mask = tile.first_column == 0 && row < rows.samples;
+    sources[i] = mask(rows.sample_of(row), writes_mask) ? rows.input_offset(row) + tile.first_column : kDropped;
   }
   __syncthreads();
 
@@ -93,27 +101,28 @@ __global__ void __launch_bounds__(kThreads)
     is_kept[i] = false;
     if (vector < vectors) {
       const int row = tile.rows == 1 ? 0 : vector / vectors_per_row;
-      is_kept[i] = kept[row];
+      const int64_t source = sources[row];
+      is_kept[i] = source != kDropped;
       if (is_kept[i]) {
-        const int column = (vector - row * vectors_per_row) * kWidth;
-        values[i] =
-            *reinterpret_cast<const VectorT*>(x + rows.input_offset(tile.first_row + row) + tile.first_column + column);
+        values[i] = *reinterpret_cast<const VectorT*>(x + source + (vector - row * vectors_per_row) * kWidth);
       }
     }
   }
 
   // A tile's output is one run of memory: part of a row, or whole rows.
-  T* tile_out = out + tile.first_row * rows.length + tile.first_column;
+  auto* tile_out = reinterpret_cast<VectorT*>(out + tile.first_row * rows.length + tile.first_column);
 #pragma unroll
   for (int i = 0; i < kUnroll; ++i) {
     const int vector = threadIdx.x + i * kThreads;
     if (vector < vectors) {
-      VectorT result;
+      VectorT result{};
+      if (is_kept[i]) {
 #pragma unroll
-      for (int j = 0; j < kWidth; ++j) {
-        result.values[j] = from_opmath<T>(is_kept[i] ? to_opmath(values[i].values[j]) * scale : 0);
+        for (int j = 0; j < kWidth; ++j) {
+          result.values[j] = from_opmath<T>(to_opmath(values[i].values[j]) * scale);
+        }
       }
-      *reinterpret_cast<VectorT*>(tile_out + static_cast<int64_t>(vector) * kWidth) = result;
+      tile_out[vector] = result;
     }
   }
 }

@@ -1,0 +1,139 @@
+"""From the results, a JSON dict, to PNG pictures. Every number in a picture stands in the file."""
+
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display needed
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from overhead import BASELINE
+from peers import COMPILED, OURS
+from report import activation_label, peer_names, subtitle
+
+COLOURS = {
+    OURS: "#c2410c",
+    COMPILED[OURS]: "#f59e0b",
+    "timm": "#1d4ed8",
+    COMPILED["timm"]: "#7dabf5",
+    "torchvision": "#15803d",
+    "floor formula": "#7e22ce",
+    BASELINE: "#6b7280",
+}
+ROOF = "#6b7280"
+STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "font.size": 10}
+LABEL_BOX = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8}
+
+
+def _by_dtype(rows: list[dict]) -> Iterator[tuple[str, list[dict]]]:
+    """The rows of the first p, one dtype after the other: that p is the one that compiled peers have, too."""
+    first = [row for row in rows if row["p"] == rows[0]["p"]]
+    return ((dtype, list(group)) for dtype, group in groupby(first, key=lambda row: row["dtype"]))
+
+
+def _throughput_panel(ax: Axes, rows: list[dict], top: float) -> None:
+    rows = sorted(rows, key=lambda row: row["tensor_bytes"])
+    mib = [row["tensor_bytes"] / 2**20 for row in rows]
+    roof = [row["copy_gb_per_s"] for row in rows]
+    ax.plot(mib, roof, color=ROOF, linewidth=1.5, linestyle="--", label="copy, the roofline")
+    ax.fill_between(mib, roof, top, color=ROOF, alpha=0.08, linewidth=0)
+    for name in ("floor formula", "torchvision", "timm", OURS):
+        if name in rows[0]["times_us"]:
+            gb_per_s = [row["bytes_moved"] / row["times_us"][name]["median"] / 1e3 for row in rows]
+            width = 2.2 if name == OURS else 1.2
+            ax.plot(mib, gb_per_s, color=COLOURS[name], linewidth=width, marker="o", markersize=4, label=name)
+    ax.set(xscale="log", yscale="log")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter("{x:g}")
+
+
+def throughput(results: dict) -> Figure:
+    """GB/s over the size of the tensor, one row of panels for each dtype, one column for each pass."""
+    groups = list(_by_dtype(results["ops"]))
+    passes = list(dict.fromkeys(row["pass"] for row in results["ops"]))
+    shape = (len(groups), len(passes))
+    size = (5 * shape[1], 3 * shape[0] + 1.2)
+    fig, axes = plt.subplots(*shape, figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained")
+    top = 2 * max(row["copy_gb_per_s"] for _, rows in groups for row in rows)
+    for line, (dtype, rows) in zip(axes, groups, strict=True):
+        for ax, pass_name in zip(line, passes, strict=True):
+            _throughput_panel(ax, [row for row in rows if row["pass"] == pass_name], top)
+            ax.set_title(f"{dtype}, {pass_name}")
+        line[0].set_ylabel("GB/s")
+    for ax in axes[-1]:
+        ax.set_xlabel("size of x, MiB")
+    p = results["ops"][0]["p"]
+    title = f"drop_path, p = {p}: (2−p)N bytes a pass over the time each takes (higher is better)"
+    fig.suptitle(f"{title}\n{subtitle(results['environment'])}", fontsize=11)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    return fig
+
+
+def ratios(results: dict, dtype: str, rows: list[dict]) -> Figure:
+    """Our time over each peer's as bars, one panel for each pass."""
+    peers = peer_names(rows)
+    passes = list(dict.fromkeys(row["pass"] for row in rows))
+    labels = list(dict.fromkeys(map(activation_label, rows)))
+    height = 0.8 / len(peers)
+    fig, axes = plt.subplots(1, len(passes), sharey=True, sharex=True, squeeze=False, layout="constrained")
+    fig.set_size_inches(11, 0.75 * len(labels) + 1.6)
+    for ax, pass_name in zip(axes[0], passes, strict=True):
+        for row in (row for row in rows if row["pass"] == pass_name):
+            centre = labels.index(activation_label(row))
+            for i, (peer, value) in enumerate(row["ratio"].items()):
+                y = centre + (i - (len(row["ratio"]) - 1) / 2) * height
+                ax.barh(y, value, height=height * 0.9, color=COLOURS[peer])
+                ax.text(value + 0.02, y, f"{value:.2f}", va="center", fontsize=7, bbox=LABEL_BOX)
+        ax.set_axisbelow(True)
+        ax.axvline(1, color="black", linewidth=1, zorder=0.9)
+        ax.set(title=pass_name, xlabel="our time ÷ the peer's (below 1: ours is faster)")
+        ax.grid(axis="y", visible=False)
+    axes[0, 0].set_yticks(range(len(labels)), labels)
+    axes[0, 0].invert_yaxis()
+    title = f"drop_path, {dtype}, p = {rows[0]['p']}: time of {OURS} relative to each peer"
+    fig.suptitle(f"{title}\n{subtitle(results['environment'])}", fontsize=11)
+    handles = [Patch(color=COLOURS[peer], label=peer) for peer in peers]
+    fig.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False)
+    return fig
+
+
+def overhead(results: dict) -> Figure:
+    """Host microseconds a call, one panel for each pass."""
+    rows = results["overhead"]
+    names = list(rows[0]["times_us"])
+    fig, axes = plt.subplots(1, len(rows), figsize=(11, 3.2), sharey=True, squeeze=False, layout="constrained")
+    for ax, row in zip(axes[0], rows, strict=True):
+        medians = [row["times_us"][name]["median"] for name in names]
+        ax.set_axisbelow(True)
+        ax.barh(names, medians, color=[COLOURS.get(name, COLOURS[OURS]) for name in names])
+        for y, value in enumerate(medians):
+            ax.text(value, y, f" {value:.1f}", va="center", fontsize=8)
+        ax.set(title=row["pass"], xlabel="µs a call", xlim=(0, max(medians) * 1.15))
+        ax.grid(axis="y", visible=False)
+    axes[0, 0].invert_yaxis()
+    fig.suptitle(f"Host time of a call on a tiny tensor, one thread\n{subtitle(results['environment'])}", fontsize=11)
+    return fig
+
+
+def draw(results: dict, folder: Path) -> list[Path]:
+    """Writes one PNG for each picture that the results have numbers for."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    with plt.rc_context(STYLE):
+        figures: dict[str, Figure] = {}
+        if results.get("ops"):
+            figures["ops-throughput"] = throughput(results)
+            for dtype, rows in _by_dtype(results["ops"]):
+                figures[f"ops-ratio-{dtype}"] = ratios(results, dtype, rows)
+        if results.get("overhead"):
+            figures["overhead"] = overhead(results)
+        for name, figure in figures.items():
+            paths.append(folder / f"{name}.png")
+            figure.savefig(paths[-1], dpi=150)
+            plt.close(figure)
+    return paths

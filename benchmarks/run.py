@@ -1,0 +1,147 @@
+#!/usr/bin/env python
+"""The benchmark of droppath_ext.
+
+    python benchmarks/run.py                                   everything, sized for the device
+    python benchmarks/run.py ops --device cpu --dtype float32 --p 0.1,0.3 --json FILE
+    python benchmarks/run.py plot FILE --plot DIR              pictures from a result file
+    python benchmarks/run.py table FILE --p 0.1                Markdown tables from a result file
+
+What is measured, and how: benchmarks/README.md.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+DTYPES = ("float32", "bfloat16", "float16")
+PARTS = ("ops", "overhead", "model")
+
+
+def dtype_list(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := set(names) - set(DTYPES):
+        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))} is not one of {', '.join(DTYPES)}")
+    return names
+
+
+def p_list(text: str) -> list[float]:
+    try:
+        values = [float(value) for value in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or not all(0 < value < 1 for value in values):
+        raise argparse.ArgumentTypeError(f"every drop_prob must be a number between 0 and 1, both excluded, not {text}")
+    return values
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=("all", *PARTS, "plot", "table"), default="all")
+    parser.add_argument("file", nargs="?", type=Path, help="result file, for plot and table")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
+    parser.add_argument("--dtype", type=dtype_list, action="extend", metavar="NAMES", help=f"of {', '.join(DTYPES)}")
+    parser.add_argument("--p", type=p_list, action="extend", metavar="NUMBERS", help="drop_prob; default 0.1,0.3,0.5")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="under 3 minutes on 2 cores; the default on the CPU")
+    size.add_argument("--full", action="store_true", help="full size on the CPU as well")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of ops and model; default: torch's")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
+    parser.add_argument("--plot", type=Path, metavar="DIR", help="draw the results into this folder")
+    arguments = parser.parse_args()
+
+    reads_file = arguments.what in ("plot", "table")
+    if reads_file and arguments.file is None:
+        parser.error(f"{arguments.what} needs the result file that it reads.")
+    if arguments.file is not None and not reads_file:
+        parser.error(f"{arguments.what} takes no file to read; --json FILE names the one to write.")
+    if arguments.what == "plot" and arguments.plot is None:
+        parser.error("plot needs --plot DIR, the folder to draw into.")
+    if arguments.threads is not None and arguments.threads < 1:
+        parser.error(f"--threads must be at least 1, not {arguments.threads}.")
+    return arguments
+
+
+def read(arguments: argparse.Namespace) -> dict:
+    """The results of a file, those of ops filtered by --dtype and --p."""
+    try:
+        results = json.loads(arguments.file.read_text())
+        results["environment"]
+    except (OSError, ValueError, KeyError) as error:
+        sys.exit(f"{arguments.file} is not a result file of this benchmark ({type(error).__name__}: {error}).")
+    results["ops"] = [
+        row
+        for row in results.get("ops", [])
+        if row["dtype"] in (arguments.dtype or [row["dtype"]]) and row["p"] in (arguments.p or [row["p"]])
+    ]
+    return results
+
+
+def measure(arguments: argparse.Namespace) -> dict:
+    """Runs the parts asked for, shows their tables and returns the results."""
+    import torch
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        sys.exit("--device cuda needs a GPU and a torch built for CUDA, and torch.cuda.is_available() is False.")
+    import model
+    import ops
+    import overhead
+    import report
+    from peers import LEFT_OUT
+
+    quick = arguments.quick or (device.type == "cpu" and not arguments.full)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    dtypes = [getattr(torch, name) for name in dict.fromkeys(arguments.dtype or DTYPES)]
+    ps = list(dict.fromkeys(arguments.p or (0.1, 0.3, 0.5)))
+    parts = list(PARTS if arguments.what == "all" else (arguments.what,))
+    for sentence in LEFT_OUT:
+        print(sentence)
+    if LEFT_OUT and "model" in parts:
+        parts.remove("model")
+        print("The part model is left out, because it needs both timm and torchvision.")
+
+    console = Console(width=None if sys.stdout.isatty() else 180)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    results: dict = {"environment": report.environment(device, quick)}
+    with Progress(*columns, console=console) as progress:
+        if "ops" in parts:
+            results["ops"] = ops.run(device, dtypes, ps, quick, progress)
+        if "overhead" in parts:
+            results["overhead"] = overhead.run(device, quick, progress)
+        if "model" in parts:
+            results["model"] = model.run(device, quick, progress)
+    console.print(report.subtitle(results["environment"]))
+    for table in report.tables(results):
+        table.show(console)
+    return results
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    try:
+        import droppath_ext  # noqa: F401
+    except ImportError as error:
+        sys.exit(f"droppath_ext cannot be imported; `make bench` builds it, too. The reason: {error}")
+    results = read(arguments) if arguments.what in ("plot", "table") else measure(arguments)
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+    if arguments.plot:
+        import plots
+
+        for path in plots.draw(results, arguments.plot):
+            print(path)
+    if arguments.what == "table":
+        import report
+
+        print(report.subtitle(results["environment"]) + "\n")
+        print("\n".join(table.markdown() for table in report.tables(results)))
+
+
+if __name__ == "__main__":
+    main()

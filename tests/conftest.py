@@ -1,0 +1,140 @@
+"""What every test shares: devices, dtypes, bitwise equality, and the prediction of the next keep mask."""
+
+import pytest
+import torch
+
+import droppath_ext
+from droppath_ext import _C, reference
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+# Only for what may legitimately differ by rounding (Inductor, timm's formula); everything else is bitwise.
+TOLERANCES = {
+    torch.float16: {"rtol": 2e-3, "atol": 1e-3},
+    torch.bfloat16: {"rtol": 1.6e-2, "atol": 1e-2},
+    torch.float32: {"rtol": 1e-5, "atol": 1e-5},
+    torch.float64: {"rtol": 1e-12, "atol": 1e-12},
+}
+
+HAS_CUDA = _C.has_cuda  # of the build, not of the machine
+predicted_mask = _C.keep_mask  # (seed, offset, batch, drop_prob) -> bool[batch] on the CPU
+uses_fused_path = _C.uses_fused_path  # the routing predicate, (x) -> bool
+
+if not HAS_CUDA:
+    NO_CUDA_REASON = "the extension was built without CUDA"
+elif not torch.cuda.is_available():
+    NO_CUDA_REASON = "no CUDA GPU on this machine"
+else:
+    NO_CUDA_REASON = None
+# CUDA is appended rather than skipped test by test: test_cuda.py alone reports, once, why there is none.
+DEVICES = ["cpu"] if NO_CUDA_REASON else ["cpu", "cuda"]
+
+_INT_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed():
+    torch.manual_seed(0)
+
+
+def bits(tensor):
+    """The bit pattern as integers: tells -0.0 from +0.0 and lets NaN equal the same NaN."""
+    return tensor.detach().resolve_neg().contiguous().view(_INT_OF_SIZE[tensor.element_size()])
+
+
+def assert_same_bits(actual, expected):
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    assert torch.equal(bits(actual), bits(expected))
+
+
+def assert_positive_zero(tensor):
+    """+0.0 is the one float whose bits are all zero."""
+    assert not bits(tensor).any()
+
+
+def generator_state(device):
+    return torch.cuda.get_rng_state(device) if torch.device(device).type == "cuda" else torch.get_rng_state()
+
+
+def seeded(device, seed=0):
+    return torch.Generator(device).manual_seed(seed)
+
+
+def _default_generator(device):
+    if device.type == "cpu":
+        return torch.default_generator
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return torch.cuda.default_generators[index]
+
+
+def twin_of(generator):
+    twin = torch.Generator(generator.device)
+    twin.set_state(generator.get_state())
+    return twin
+
+
+def draw_seed(generator):
+    """One 64-bit number from a CPU generator, as an unsigned integer."""
+    return torch.empty((), dtype=torch.int64).random_(-(2**63), None, generator=generator).item() & (2**64 - 1)
+
+
+def predict_keep(x, drop_prob, mode="row", generator=None):
+    """The keep mask that the next fused call will draw. Leaves the generator as it found it."""
+    generator = _default_generator(x.device) if generator is None else generator
+    batch = x.shape[0] if mode == "row" else 1
+    if x.device.type == "cuda":
+        seed, offset = generator.initial_seed(), generator.get_offset()
+    else:
+        seed, offset = draw_seed(twin_of(generator)), 0
+    return predicted_mask(seed, offset, batch, drop_prob).to(x.device)
+
+
+def expected_drop_path(x, drop_prob, scale_by_keep=True, mode="row", generator=None):
+    """The keep mask and the output that the next fused call must produce, bit for bit."""
+    keep = predict_keep(x, drop_prob, mode, generator)
+    return keep, reference.apply_keep_mask(x, keep, reference.keep_scale(drop_prob, scale_by_keep))
+
+
+def formula(x, keep, drop_prob, scale_by_keep=True):
+    """The semantics table in float64, one sample after the other: what reference.py itself is held against."""
+    scale = 1 / (1 - drop_prob) if scale_by_keep and drop_prob < 1 else 1.0
+    rows = [row.double() * scale if kept else torch.zeros_like(row).double() for row, kept in zip(x, keep, strict=True)]
+    return torch.stack(rows) if rows else x.double()
+
+
+def kept_samples(out):
+    """bool[B] read off an output whose input holds no zeros."""
+    return out.detach().reshape(out.shape[0], -1).ne(0).any(1)
+
+
+def random_tensor(shape, dtype=torch.float32, device="cpu", seed=0):
+    """Normal numbers, none of them zero, drawn on the CPU without touching the global generator."""
+    values = torch.randn(shape, dtype=torch.float64, generator=seeded("cpu", seed))
+    values = torch.where(values.abs() < 1e-3, 1.0, values)
+    return values.to(dtype=dtype, device=device)
+
+
+def checked(x, drop_prob=0.5, scale_by_keep=True, mode="row"):
+    """Run drop_path forward and backward on x as it lies in memory; hold output, strides and gradient to the formula.
+
+    Returns the output, for whatever else a test wants to know about it.
+    """
+    leaf = x.detach().requires_grad_()
+    before = x.detach().clone()
+    keep, expected = expected_drop_path(leaf.detach(), drop_prob, scale_by_keep, mode)
+    out = droppath_ext.drop_path(leaf, drop_prob, True, scale_by_keep, mode=mode)
+    assert out.device == x.device
+    assert_same_bits(out, expected)
+    assert out.stride() == torch.empty_like(x).stride()
+    assert_same_bits(x, before)
+    grad = torch.empty_like(out).copy_(random_tensor(x.shape, x.dtype, x.device, seed=1))
+    (grad_x,) = torch.autograd.grad(out, leaf, grad)
+    scale = reference.keep_scale(drop_prob, scale_by_keep)
+    assert_same_bits(grad_x, reference.apply_keep_mask(grad, keep, scale))
+    return out

@@ -1,0 +1,149 @@
+"""Promise: torch.compile and torch.export take drop_path whole, and stay random."""
+
+import pytest
+import torch
+from conftest import TOLERANCES, assert_positive_zero, kept_samples, random_tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from droppath_ext import DropPath, drop_path
+
+# Inductor is what users get; the partitioner alone (no C++ compiler) is where duplicate random ops were merged.
+BACKENDS = ["inductor", "aot_eager_decomp_partition"]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def _assert_formula(actual, source, keep, scale):
+    expected = torch.where(keep.view(-1, *[1] * (source.dim() - 1)), source * scale, 0.0)
+    torch.testing.assert_close(actual, expected, **TOLERANCES[source.dtype])
+    assert_positive_zero(actual[~keep])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fullgraph_forward_and_backward(device, backend, dtype):
+    x = random_tensor((64, 9), dtype, device).requires_grad_()
+    grad = random_tensor((64, 9), dtype, device, seed=1)
+    compiled = torch.compile(lambda t: drop_path(t, 0.5, True), fullgraph=True, backend=backend)
+    masks = set()
+    for _ in range(3):
+        out = compiled(x)
+        keep = kept_samples(out)
+        masks.add(tuple(keep.tolist()))
+        _assert_formula(out.detach(), x.detach(), keep, 2.0)
+        (grad_x,) = torch.autograd.grad(out, x, grad)
+        _assert_formula(grad_x, grad, keep, 2.0)
+    assert len(masks) == 3
+    assert all(10 < sum(mask) < 54 for mask in masks)
+
+
+@pytest.mark.parametrize("mode", ["row", "batch"])
+@pytest.mark.parametrize("scale_by_keep", [True, False])
+def test_fullgraph_module(device, mode, scale_by_keep):
+    module = DropPath(0.3, scale_by_keep, mode)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager_decomp_partition")
+    x = random_tensor((200, 4), device=device).requires_grad_()
+    scale = 1 / 0.7 if scale_by_keep else 1.0
+    shares = set()
+    for _ in range(12):
+        out = compiled(x)
+        keep = kept_samples(out)
+        shares.add(keep.float().mean().item())
+        _assert_formula(out.detach(), x.detach(), keep, scale)
+        (grad_x,) = torch.autograd.grad(out.sum(), x)
+        _assert_formula(grad_x, torch.ones_like(grad_x), keep, scale)
+    assert shares == {0.0, 1.0} if mode == "batch" else all(0.5 < share < 0.9 for share in shares)
+    module.eval()
+    assert torch.equal(compiled(x), x)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_calls_on_one_tensor_draw_twice(device, backend):
+    """Common-subexpression elimination merges opaque random ops in compiled training (torch 2.11 and 2.13)."""
+
+    def both(t):
+        return drop_path(t, 0.5, training=True), drop_path(t, 0.5, training=True)
+
+    x = torch.ones(512, 2, device=device, requires_grad=True)
+    outs = torch.compile(both, fullgraph=True, backend=backend)(x)
+    first, second = (kept_samples(out) for out in outs)
+    assert 180 < (first != second).sum() < 332, "two calls on the same tensor must draw two masks"
+    (grad,) = torch.autograd.grad(sum(out.sum() for out in outs), x)
+    torch.testing.assert_close(grad[:, 0], 2.0 * first + 2.0 * second)
+
+
+def test_a_residual_block_compiles_whole(device):
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(6, 6)
+            self.drop_path = DropPath(0.5)
+
+        def forward(self, x):
+            x = x + self.drop_path(self.linear(x))
+            return x + self.drop_path(self.linear(x))
+
+    block = Block().to(device)
+    x = random_tensor((128, 6), device=device)
+    out = torch.compile(block, fullgraph=True)(x)
+    once = x + 2 * block.linear(x)
+    rows = torch.stack([x, once, x + 2 * block.linear(x), once + 2 * block.linear(once)])
+    distance = (rows - out).detach().abs().amax(-1)
+    assert (distance.amin(0) < 1e-4).all(), "each sample takes none, one or both of the branches"
+    assert {0, 1, 3} <= set(distance.argmin(0).tolist())
+    out.sum().backward()
+    assert block.linear.weight.grad.abs().sum() > 0
+
+
+def test_manual_seed_reproduces_under_compile(device):
+    compiled = torch.compile(lambda t: drop_path(t, 0.5, True), fullgraph=True)
+    x = torch.ones(500, 2, device=device)
+    masks = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        masks.append(kept_samples(compiled(x)))
+    assert torch.equal(masks[0], masks[1])
+    assert not torch.equal(masks[0], masks[2])
+
+
+def test_dynamic_batch_does_not_recompile(device):
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(DropPath(0.5), fullgraph=True, backend=counter, dynamic=True)
+    frames = []
+    for batch in (64, 100, 37):
+        x = random_tensor((batch, 5), device=device).requires_grad_()
+        out = compiled(x)
+        keep = kept_samples(out)
+        assert 0 < keep.sum() < batch
+        _assert_formula(out.detach(), x.detach(), keep, 2.0)
+        frames.append(counter.frame_count)
+    assert frames == frames[:1] * 3
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_export(device, strict):
+    """An exported training graph keeps drawing, for any batch size; an exported eval graph is the identity."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), DropPath(0.5)).to(device)
+    batch = torch.export.Dim("batch", min=2, max=1024)
+    args, shapes = (random_tensor((8, 3), device=device),), ({0: batch},)
+    trained = torch.export.export(model.train(), args, dynamic_shapes=shapes, strict=strict).module()
+    x = random_tensor((300, 3), device=device, seed=1)
+    masks = []
+    for _ in range(2):
+        out = trained(x)
+        masks.append(kept_samples(out))
+        _assert_formula(out.detach(), model[0](x).detach(), masks[-1], 2.0)
+    assert 80 < (masks[0] != masks[1]).sum() < 220
+    evaluated = torch.export.export(model.eval(), args, dynamic_shapes=shapes, strict=strict).module()
+    torch.testing.assert_close(evaluated(x), model[0](x))
+
+
+def test_errors_survive_compilation(device):
+    compiled = torch.compile(lambda t: drop_path(t, 1.5, True), backend="eager")
+    with pytest.raises(Exception, match=r"drop_prob.*1\.5"):
+        compiled(torch.ones(2, 2, device=device))
