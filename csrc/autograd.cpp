@@ -25,17 +25,18 @@ at::Tensor backward_of(AutogradContext* ctx, const at::Tensor& grad) {
 }
 
 struct DropPath : torch::autograd::Function<DropPath> {
-  static variable_list forward(AutogradContext* ctx, const at::Tensor& x, double drop_prob, bool scale_by_keep,
-                               bool per_sample, const std::optional<at::Generator>& generator) {
+  // The mask leaves by reference: as a second output it would cost the bookkeeping of a variable.
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, double drop_prob, bool scale_by_keep,
+                            bool per_sample, const std::optional<at::Generator>& generator, at::Tensor* keep) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [out, keep] = drop_path(x, drop_prob, scale_by_keep, per_sample, generator);
-    save(ctx, keep, keep_scale(drop_prob, scale_by_keep));
-    ctx->mark_non_differentiable({keep});
-    return {out, keep};
+    at::Tensor out;
+    std::tie(out, *keep) = drop_path(x, drop_prob, scale_by_keep, per_sample, generator);
+    save(ctx, *keep, keep_scale(drop_prob, scale_by_keep));
+    return out;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    return {backward_of(ctx, grads[0]), {}, {}, {}, {}};
+    return {backward_of(ctx, grads[0]), {}, {}, {}, {}, {}};
   }
 };
 
@@ -60,8 +61,9 @@ std::tuple<at::Tensor, at::Tensor> drop_path_autograd(const at::Tensor& x, doubl
     at::AutoDispatchBelowADInplaceOrView guard;
     return drop_path(x, drop_prob, scale_by_keep, per_sample, generator);
   }
-  auto outputs = DropPath::apply(x, drop_prob, scale_by_keep, per_sample, generator);
-  return {std::move(outputs[0]), std::move(outputs[1])};
+  at::Tensor keep;
+  at::Tensor out = DropPath::apply(x, drop_prob, scale_by_keep, per_sample, generator, &keep);
+  return {std::move(out), std::move(keep)};
 }
 
 at::Tensor drop_path_backward_autograd(const at::Tensor& grad, const at::Tensor& keep, double scale) {

@@ -50,8 +50,14 @@ void scale_kept_range(T* out, const T* x, const bool* keep, const Rows& rows, at
   }
 }
 
+// at::empty_like without the dispatcher's share of it, which a tiny tensor would notice.
+at::Tensor allocate_like(const at::Tensor& x) {
+  return x.is_non_overlapping_and_dense() ? at::detail::empty_strided_cpu(x.sizes(), x.strides(), x.scalar_type())
+                                          : at::empty_like(x);
+}
+
 at::Tensor scale_kept(const at::Tensor& x, const at::Tensor& keep, double scale) {
-  at::Tensor out = at::empty_like(x);
+  at::Tensor out = allocate_like(x);
   if (out.numel() == 0) {
     return out;
   }
