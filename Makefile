@@ -17,7 +17,8 @@ endif
 SOURCES := setup.py $(wildcard csrc/*.* csrc/*/*.*)
 # Built in place for one interpreter at a time: another one, or other settings, build anew.
 BUILD := build/built-for
-SETTINGS := $(abspath $(PYTHON)) $(DROPPATH_EXT_CUDA) $(TORCH_CUDA_ARCH_LIST) $(CUDA_HOME)
+INTERPRETER = $(shell $(PYTHON) -c 'import importlib.metadata, sys; print(sys.executable, importlib.metadata.version("torch"))' 2>&1)
+SETTINGS = $(INTERPRETER) $(DROPPATH_EXT_CUDA) $(TORCH_CUDA_ARCH_LIST) $(CUDA_HOME)
 ifneq ($(SETTINGS),$(shell cat $(BUILD) 2>/dev/null))
 .PHONY: $(BUILD)
 endif
@@ -36,7 +37,7 @@ lint: $(ENVIRONMENT)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
-	$(dir $(PYTHON))clang-format --dry-run --Werror $(filter csrc/%,$(SOURCES))
+	$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')/clang-format --dry-run --Werror $(filter csrc/%,$(SOURCES))
 
 gpu-check: $(ENVIRONMENT)
 	PYTHON=$(PYTHON) benchmarks/gpu_check.sh
@@ -44,17 +45,18 @@ gpu-check: $(ENVIRONMENT)
 build: $(BUILD)
 
 $(BUILD): $(ENVIRONMENT) $(SOURCES)
-	$(PYTHON) setup.py build_ext --inplace
+	$(PYTHON) setup.py build_ext --inplace --force
 	@mkdir -p $(@D) && echo '$(SETTINGS)' > $@
 
-# The last step brings an nvcc of torch's own CUDA version where the machine has none.
+# The last step brings an nvcc of torch's CUDA version where the machine has none of its major version.
 $(VENV)/.installed: pyproject.toml
 	python3 -m venv $(VENV)
 	$(PYTHON) -m pip install --upgrade pip setuptools wheel ninja
 	$(PYTHON) -m pip install $(TORCH)
 	$(PYTHON) -m pip install --group test --group bench --group lint
 	@cuda=$$($(PYTHON) -c 'import torch; print(torch.version.cuda or "")') && \
-	if [ -n "$$cuda" ] && [ "$(DROPPATH_EXT_CUDA)" != 0 ] && [ -z "$(CUDA_HOME)" ] && ! command -v nvcc; then \
+	if [ -n "$$cuda" ] && [ "$(DROPPATH_EXT_CUDA)" != 0 ] && [ -z "$(CUDA_HOME)" ] && \
+	    ! nvcc --version 2>/dev/null | grep -q "release $${cuda%%.*}\."; then \
 	  $(PYTHON) -m pip install $(foreach name,cuda-nvcc nvvm cuda-crt cuda-cccl cuda-runtime,"nvidia-$(name)==$$cuda.*"); \
 	fi
 	@touch $@

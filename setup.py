@@ -8,6 +8,7 @@ Environment variables:
     MAX_JOBS              compilers at a time.
 """
 
+import importlib.util
 import os
 import re
 import shutil
@@ -43,12 +44,13 @@ def cuda_toolkits() -> list[Path]:
     if home := os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
         return [Path(home)] if (Path(home) / "bin/nvcc").exists() else []
     nvcc = shutil.which("nvcc")
+    pip = importlib.util.find_spec("nvidia")
     places = [
-        toolkit_of(nvcc) if nvcc else None,
-        Path(sysconfig.get_path("purelib")) / f"nvidia/cu{TORCH_CUDA.split('.')[0]}",
+        *([toolkit_of(nvcc)] if nvcc else []),
+        *(Path(folder) / f"cu{TORCH_CUDA.split('.')[0]}" for folder in (pip.submodule_search_locations if pip else [])),
         Path("/usr/local/cuda"),
     ]
-    return [place for place in places if place and (place / "bin/nvcc").exists()]
+    return [place for place in places if (place / "bin/nvcc").exists()]
 
 
 def nvcc_version(toolkit: Path) -> str:
@@ -72,11 +74,13 @@ def find_cuda() -> Path | None:
     )
     toolkits = cuda_toolkits()
     if not toolkits:
+        if home := os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
+            missing = f"{home}, which CUDA_HOME names, holds no bin/nvcc: correct or unset it"
+        else:
+            missing = f"no nvcc on PATH, in pip's nvidia packages or in /usr/local/cuda: pip install {packages}"
         if wanted:
-            home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-            where = f"under CUDA_HOME={home}" if home else "on PATH, in pip's nvidia packages or in /usr/local/cuda"
-            sys.exit(f"DROPPATH_EXT_CUDA=1, but no nvcc was found {where}: pip install {packages}")
-        print(f"droppath_ext: no nvcc found, building without the CUDA kernels. To have them: pip install {packages}")
+            sys.exit(f"DROPPATH_EXT_CUDA=1, but {missing}")
+        print(f"droppath_ext: building without the CUDA kernels ({missing})")
         return None
     versions = {toolkit: nvcc_version(toolkit) for toolkit in toolkits}
     for toolkit, version in versions.items():
@@ -97,12 +101,10 @@ def cuda_archs() -> str:
 
 
 def cudart_dirs(toolkit: Path) -> list[str]:
-    """Library folders to link libcudart from. pip's runtime lacks the unversioned name that the linker looks for."""
-    if any((toolkit / folder / "libcudart.so").exists() for folder in ("lib64", "lib")):
-        return [str(toolkit / "lib")]
+    """Folders to link libcudart from, besides those the linker knows. pip's runtime lacks the unversioned name."""
     versioned = sorted((toolkit / "lib").glob("libcudart.so.*"))
-    if not versioned:
-        sys.exit(f'{toolkit}/lib holds no libcudart: pip install "nvidia-cuda-runtime=={TORCH_CUDA}.*"')
+    if (toolkit / "lib/libcudart.so").exists() or not versioned:
+        return [str(toolkit / "lib")]
     link = Path("build/cudart/libcudart.so").absolute()
     link.parent.mkdir(parents=True, exist_ok=True)
     link.unlink(missing_ok=True)
@@ -110,6 +112,8 @@ def cudart_dirs(toolkit: Path) -> list[str]:
     return [str(link.parent)]
 
 
+# torch looks for ninja on PATH, where a virtual environment that is not activated has none of its programs.
+os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
 toolkit = find_cuda()
 if toolkit:
     # torch.utils.cpp_extension reads both, the first as soon as it is imported.

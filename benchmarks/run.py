@@ -14,7 +14,7 @@ import json
 import sys
 from pathlib import Path
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 PARTS = ("ops", "overhead", "model")
 
 

@@ -1,5 +1,8 @@
 // Derivatives: one torch::autograd::Function per op. drop_path is linear in x, so the derivative of either op is
 // drop_path_backward.
+#include <ATen/DimVector.h>
+#include <ATen/ops/mul.h>
+#include <ATen/ops/where.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -52,11 +55,16 @@ struct DropPathBackward : torch::autograd::Function<DropPathBackward> {
   }
 };
 
+// torch::autograd::Function has no forward mode: it would lose the tangent without a word.
+bool is_dual(const at::Tensor& x) { return x._fw_grad(/*level=*/0).defined(); }
+
 // A graph node costs more than a tiny forward: build it only where somebody will ask for gradients.
 bool needs_graph(const at::Tensor& x) { return at::GradMode::is_enabled() && x.requires_grad(); }
 
 std::tuple<at::Tensor, at::Tensor> drop_path_autograd(const at::Tensor& x, double drop_prob, bool scale_by_keep,
                                                       bool per_sample, const std::optional<at::Generator>& generator) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!is_dual(x), "torch.ops.droppath_ext.drop_path has no forward-mode derivative, but x ",
+                              "carries a tangent; droppath_ext.drop_path has one");
   if (!needs_graph(x)) {
     at::AutoDispatchBelowADInplaceOrView guard;
     return drop_path(x, drop_prob, scale_by_keep, per_sample, generator);
@@ -67,6 +75,13 @@ std::tuple<at::Tensor, at::Tensor> drop_path_autograd(const at::Tensor& x, doubl
 }
 
 at::Tensor drop_path_backward_autograd(const at::Tensor& grad, const at::Tensor& keep, double scale) {
+  if (is_dual(grad)) {
+    // Forward over reverse: a graph built by the kernels meets a tangent only now. The composite formula carries it.
+    check_keep(keep, grad);
+    at::DimVector shape(grad.dim(), 1);
+    shape[0] = keep.size(0);
+    return at::where(keep.view(shape), at::mul(grad, scale), 0);
+  }
   if (!needs_graph(grad)) {
     at::AutoDispatchBelowADInplaceOrView guard;
     return drop_path_backward(grad, keep, scale);

@@ -28,8 +28,8 @@ bool uses_fused_path(py::handle x) {
     return false;
   }
   const at::Tensor& tensor = THPVariable_Unpack(x.ptr());
-  return tensor.layout() == at::kStrided && (tensor.is_cpu() || (kHasCuda && tensor.is_cuda())) &&
-         !tensor._fw_grad(/*level=*/0).defined();
+  return tensor.layout() == at::kStrided && !tensor.is_nested() &&
+         (tensor.is_cpu() || (kHasCuda && tensor.is_cuda())) && !tensor._fw_grad(/*level=*/0).defined();
 }
 
 // Nothing where the composite path has to serve x: the check costs less inside this call than one of its own.

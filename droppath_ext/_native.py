@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch  # first: it loads the libraries that the extension links to
 
-REBUILD = "pip install --no-build-isolation --no-cache-dir --no-deps --force-reinstall droppath_ext"
+REBUILD = "pip install --no-build-isolation --no-deps --force-reinstall . (in a checkout of droppath_ext)"
 
 
 def _built_with() -> str | None:
@@ -31,7 +31,7 @@ except ImportError as error:
     if built_with is None:
         message = f"droppath_ext has no native extension for Python {platform.python_version()}"
     else:
-        message = f"droppath_ext was built with torch {built_with}, but this is torch {torch.__version__} ({error})"
+        message = f"droppath_ext was built with torch {built_with}; with torch {torch.__version__} it fails: {error}"
     raise ImportError(f"{message}. To build it: {REBUILD}") from error
 
 # Another torch's extension may load and then misbehave: nothing guards the C++ ABI between releases.

@@ -31,8 +31,8 @@ def check_mode(mode: str) -> None:
 @functools.cache
 def _warn_without_kernels() -> None:
     warnings.warn(
-        "droppath_ext was built without CUDA: CUDA tensors take the slower composite path. To build the CUDA kernels, "
-        f"with an nvcc at hand: DROPPATH_EXT_CUDA=1 {REBUILD}",
+        "droppath_ext was built without CUDA, so CUDA tensors take the slower composite path. "
+        f"With an nvcc at hand, this builds the kernels: DROPPATH_EXT_CUDA=1 {REBUILD}",
         stacklevel=3,
     )
 

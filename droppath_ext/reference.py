@@ -1,6 +1,6 @@
 """The composite path: the whole contract in a few ATen ops.
 
-It serves whatever the native extension does not (see ``functional.uses_fused_path``), and it is the executable
+It serves whatever the native extension does not (``functional.drop_path`` chooses), and it is the executable
 specification that the tests compare the kernels with.
 """
 
@@ -15,6 +15,8 @@ def check_input(x: Tensor, name: str = "x") -> None:
     if x.dtype not in DTYPES:
         dtype = str(x.dtype).removeprefix("torch.")
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, but got {dtype}")
+    if x.is_nested and x.layout is not torch.jagged:
+        raise TypeError(f"{name} must be a nested tensor of layout torch.jagged, but got {x.layout}")
     if x.ndim == 0:
         raise ValueError(f"{name} must have at least one dimension, the samples, but got a 0-dim tensor")
 

@@ -228,3 +228,33 @@ def test_checkpointing_recomputes_the_same_mask(device, use_reentrant, mode):
     checkpointed = run(lambda x, w: checkpoint(block, x, w, use_reentrant=use_reentrant))
     for actual, expected in zip(checkpointed, run(block), strict=True):
         assert_same_bits(actual, expected)
+
+
+def test_forward_over_reverse(device):
+    """A graph that the kernels built meets a tangent only in its backward pass: it must not get lost there."""
+    x = random_tensor((6, 4), torch.float64, device).requires_grad_()
+    weight, tangent = (random_tensor((6, 4), torch.float64, device, seed=seed) for seed in (1, 2))
+    keep = predict_keep(x, 0.5)
+    with forward_ad.dual_level():
+        out = drop_path(x, 0.5, training=True)
+        (grad_x,) = torch.autograd.grad(out, x, forward_ad.make_dual(weight, tangent))
+        primal, grad_tangent = forward_ad.unpack_dual(grad_x)
+        assert_same_bits(primal, reference.apply_keep_mask(weight, keep, 2.0))
+        assert_same_bits(grad_tangent, reference.apply_keep_mask(tangent, keep, 2.0))
+
+
+def test_jvp_of_a_gradient(device):
+    x = random_tensor((6, 4), torch.float64, device).requires_grad_()
+    weight, tangent = (random_tensor((6, 4), torch.float64, device, seed=seed) for seed in (1, 2))
+    keep = predict_keep(x, 0.5)
+    out = drop_path(x, 0.5, training=True)
+    _, grad_tangent = torch.func.jvp(
+        lambda grad: torch.autograd.grad(out, x, grad, retain_graph=True)[0], (weight,), (tangent,)
+    )
+    assert_same_bits(grad_tangent, reference.apply_keep_mask(tangent, keep, 2.0))
+
+
+def test_the_op_refuses_what_it_cannot_differentiate(device):
+    x = random_tensor((6, 4), device=device)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="x carries a tangent"):
+        torch.ops.droppath_ext.drop_path(forward_ad.make_dual(x, x), 0.5, True, True)

@@ -6,7 +6,8 @@
 
 #include <cstdint>
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+// The levels by name need GCC 12, the choice at load time needs glibc; elsewhere the plain loops below serve.
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 12
 #include <immintrin.h>
 #define DROPPATH_X86_LEVELS 1
 #define DROPPATH_MULTIVERSION __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
