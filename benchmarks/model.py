@@ -97,7 +97,7 @@ def run(device: torch.device, quick: bool, progress: Progress) -> list[dict]:
     models = QUICK if quick else FULL
     task = progress.add_task("model", total=len(models))
     for name, side, arguments in models:
-        progress.update(task, description=f"model: {name}")
+        progress.update(task, description=f"model: {name}", refresh=True)
         rows.append(compare(name, side, arguments, device, quick))
         progress.advance(task)
     return rows

@@ -124,7 +124,7 @@ def run(
     for activation, batch, dtype, p in cases:
         layout = torch.channels_last if activation.channels_last else torch.contiguous_format
         shape = (batch, *activation.sample)
-        progress.update(task, description=f"ops: {activation.name} {list(shape)} {dtype} p={p}")
+        progress.update(task, description=f"ops: {activation.name} {list(shape)} {dtype} p={p}", refresh=True)
         # Training's forward records a graph, so x requires a gradient in both passes.
         x = torch.randn(shape, device=device).to(dtype=dtype, memory_format=layout).requires_grad_()
         grad = torch.randn_like(x)

@@ -48,7 +48,7 @@ def run(device: torch.device, quick: bool, progress: Progress) -> list[dict]:
     rows = []
     task = progress.add_task("overhead", total=len(PASSES))
     for pass_name, (template, requires_grad) in PASSES.items():
-        progress.update(task, description=f"overhead: {pass_name}")
+        progress.update(task, description=f"overhead: {pass_name}", refresh=True)
         x = torch.randn(SHAPE, device=device, requires_grad=requires_grad)
         namespace = names | {"x": x, "g": torch.randn_like(x)}
         # The bare clock: on CUDA the default one would wait for the device and so count its time as the host's.

@@ -108,7 +108,8 @@ def measure(arguments: argparse.Namespace) -> dict:
     console = Console(width=None if sys.stdout.isatty() else 180)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     results: dict = {"environment": report.environment(device, quick)}
-    with Progress(*columns, console=console) as progress:
+    # Redrawn between the cases only: a thread that redraws would take a core from the two that are timed.
+    with Progress(*columns, console=console, auto_refresh=False) as progress:
         if "ops" in parts:
             results["ops"] = ops.run(device, dtypes, ps, quick, progress)
         if "overhead" in parts:

@@ -4,6 +4,7 @@ All contestants take turns, round after round, each round in another order: what
 neighbours, temperature) then hits all of them alike, and two contestants are compared within the same round.
 """
 
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -17,9 +18,8 @@ FLUSH_BYTES = 1 << 30
 
 
 def _turns(names: Sequence[str], turn: int) -> list[str]:
-    """The order of one round: each round another one begins."""
-    first = turn % len(names)
-    return [*names[first:], *names[:first]]
+    """The order of one round: shuffled, or a contestant would always find the caches and the heap of the same other."""
+    return random.Random(turn).sample(names, len(names))
 
 
 def time_host(timers: Mapping[str, Timer], budget_s: float, settle: Callable[[], None] = lambda: None) -> Samples:
