@@ -6,6 +6,7 @@ set -uo pipefail
 python=${PYTHON:-python3}
 out=${OUT:-build/gpu-check}
 mkdir -p "$out"
+: >"$out/log.txt"
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
 
 if [ "$("$python" -c 'import torch; print(torch.cuda.is_available())')" != True ]; then
@@ -17,8 +18,8 @@ failed=()
 part() { # part NAME SECONDS COMMAND...
   local name=$1 seconds=$2
   shift 2
-  echo "== $name"
-  if timeout -k 5 "$seconds" "$@" 2>&1 | tee "$out/$name.log" | tail -n 40; then
+  echo "== $name" | tee -a "$out/log.txt"
+  if timeout -k 5 "$seconds" "$@" 2>&1 | tee -a "$out/log.txt" | tail -n 40; then
     echo "== $name: passed"
   else
     echo "== $name: FAILED (exit status ${PIPESTATUS[0]})"
@@ -33,12 +34,12 @@ part tests 170 "$python" -m pytest -q -k "cuda or compile"
 # Without the caching allocator, so that reads and writes beyond a tensor leave its allocation.
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 part memcheck 80 compute-sanitizer --tool memcheck --error-exitcode 1 \
   "$python" -m pytest -q -m memcheck -k cuda
-part ops 100 "$python" benchmarks/run.py ops --device cuda --quick --json "$out/ops.json" --plot "$out"
+part ops 100 "$python" benchmarks/run.py ops --device cuda --quick --json "$out/ops.json"
 part overhead 30 "$python" benchmarks/run.py overhead --device cuda --json "$out/overhead.json"
 part model 60 "$python" benchmarks/run.py model --device cuda --quick --json "$out/model.json"
 
 if ((${#failed[@]})); then
-  echo "gpu-check: failed: ${failed[*]}; the logs are in $out"
+  echo "gpu-check: failed: ${failed[*]}; the log is in $out"
   exit 1
 fi
-echo "gpu-check: everything passed; the logs and results are in $out"
+echo "gpu-check: everything passed; the log and the results are in $out"
