@@ -7,12 +7,20 @@
 #include <cuda_runtime_api.h>
 #endif
 
+#include <cstring>
+
 #include "ops.h"
 
-namespace {
+namespace droppath_ext {
 
 // The package reads this line from the file when the binary does not load: it then still says whom it was built for.
-constexpr const char* kBuiltWith = "droppath_ext built with torch " DROPPATH_EXT_TORCH_VERSION;
+// A variable that others could change, for of a constant the compiler may keep only pieces between instructions.
+extern char built_with[];
+char built_with[] = "droppath_ext built with torch " DROPPATH_EXT_TORCH_VERSION;
+
+}  // namespace droppath_ext
+
+namespace {
 
 #ifdef DROPPATH_EXT_WITH_CUDA
 constexpr bool kHasCuda = true;
@@ -51,9 +59,8 @@ at::Tensor keep_mask(uint64_t seed, uint64_t offset, int64_t size, double drop_p
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = kBuiltWith;
   m.attr("has_cuda") = kHasCuda;
-  m.attr("torch_version") = DROPPATH_EXT_TORCH_VERSION;
+  m.attr("torch_version") = std::strrchr(droppath_ext::built_with, ' ') + 1;
 #ifdef DROPPATH_EXT_WITH_CUDA
   m.attr("cuda_version") = std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION / 10 % 100);
   m.attr("cuda_archs") = DROPPATH_EXT_CUDA_ARCHS;
