@@ -134,7 +134,7 @@ def run(
             torch.compiler.reset()  # otherwise the recompile limit is met after a few activations
             ops |= {label: compiled(eager[name], p) for name, label in COMPILED.items() if name in eager}
         for pass_name, passes in PASSES.items():
-            samples = measure(_calls(ops, x, grad, passes), device, budget_s=0.2 if quick else 0.5)
+            samples = measure(_calls(ops, x, grad, passes), device, budget_s=0.5 if quick else 1.0)
             rows.append(_row(activation, x, p, pass_name, samples))
         progress.advance(task)
     return rows

@@ -13,7 +13,7 @@ from torch.utils.benchmark import Timer
 
 Samples = dict[str, list[float]]  # name -> microseconds per call, one entry per round
 
-BLOCK_S = 0.002
+BLOCK_S = 0.01  # the first calls of a block find caches and heap as another contestant left them
 FLUSH_BYTES = 1 << 30
 
 
@@ -23,7 +23,7 @@ def _turns(names: Sequence[str], turn: int) -> list[str]:
 
 
 def time_host(timers: Mapping[str, Timer], budget_s: float, settle: Callable[[], None] = lambda: None) -> Samples:
-    """Host time of each timer's statement, in blocks of about 2 ms, `settle` called between them.
+    """Host time of each timer's statement, in blocks of about 10 ms, `settle` called between them.
 
     Runs until `budget_s` is used up, 5 rounds at least and 50 at most.
     """

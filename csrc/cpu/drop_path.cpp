@@ -1,54 +1,18 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Dispatch.h>
 #include <ATen/EmptyTensor.h>
-#include <ATen/Parallel.h>
-#include <ATen/TensorIterator.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
-#include <algorithm>
 #include <cstring>
 
 #include "../keep_mask.h"
 #include "../ops.h"
+#include "parallel_rows.h"
 #include "scale_span.h"
 
 namespace droppath_ext {
 namespace {
-
-// Elements below which a second thread costs more than it saves; ATen's own value.
-constexpr int64_t kGrainSize = at::internal::GRAIN_SIZE;
-
-// For small work at::parallel_for still asks OpenMP where it runs; a tiny tensor should not pay for that.
-template <typename F>
-void parallel_for(int64_t size, int64_t grain_size, const F& body) {
-  if (size <= grain_size) {
-    body(0, size);
-  } else {
-    at::parallel_for(0, size, grain_size, body);
-  }
-}
-
-// out[r, i] = keep[sample of r] ? x[r, i] * scale : 0, for the elements [begin, end) of out.
-template <typename T>
-void scale_kept_range(T* out, const T* x, const bool* keep, const Rows& rows, at::opmath_type<T> scale, int64_t begin,
-                      int64_t end) {
-  int64_t row = divide(begin, rows.length);
-  int64_t column = begin - row * rows.length;
-  int64_t sample = rows.sample_of(row);
-  while (begin < end) {
-    const int64_t n = std::min(rows.length - column, end - begin);
-    if (keep[sample]) {
-      scale_span<T>(out + begin, x + rows.input_offset(row) + column, n, scale);
-    } else {
-      std::memset(static_cast<void*>(out + begin), 0, n * sizeof(T));
-    }
-    begin += n;
-    column = 0;
-    ++row;
-    sample = sample + 1 == rows.samples ? 0 : sample + 1;
-  }
-}
 
 // at::empty_like without the dispatcher's share of it, which a tiny tensor would notice.
 at::Tensor allocate_like(const at::Tensor& x) {
@@ -66,8 +30,15 @@ at::Tensor scale_kept(const at::Tensor& x, const at::Tensor& keep, double scale)
     auto* out_data = out.mutable_data_ptr<scalar_t>();
     const auto* x_data = input.x.const_data_ptr<scalar_t>();
     const auto* keep_data = keep.const_data_ptr<bool>();
-    parallel_for(out.numel(), kGrainSize, [&](int64_t begin, int64_t end) {
-      scale_kept_range<scalar_t>(out_data, x_data, keep_data, input.rows, scale, begin, end);
+    const auto& rows = input.rows;
+    // out[r, i] = keep[sample of r] ? x[r, i] * scale : 0
+    parallel_rows(rows, keep_data, {2, 1}, [&](int64_t row, int64_t column, int64_t n, bool is_kept) {
+      scalar_t* to = out_data + row * rows.length + column;
+      if (is_kept) {
+        scale_span<scalar_t>(to, x_data + rows.input_offset(row) + column, n, scale);
+      } else {
+        std::memset(static_cast<void*>(to), 0, n * sizeof(scalar_t));
+      }
     });
   });
   return out;

@@ -51,9 +51,7 @@ __attribute__((target("arch=x86-64-v3"))) inline void scale_half_span(at::Half* 
                                                                       float scale) {
   const __m256 scales = _mm256_set1_ps(scale);
   const int64_t vectors = n / 8;
-  const bool backwards = walks_backwards(out, x);
-  for (int64_t i = 0; i < vectors; ++i) {
-    const int64_t at = 8 * (backwards ? vectors - 1 - i : i);
+  for (int64_t at = 0; at < 8 * vectors; at += 8) {
     const __m256 value = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + at)));
     const __m128i rounded = _mm256_cvtps_ph(_mm256_mul_ps(value, scales), _MM_FROUND_TO_NEAREST_INT);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out + at), rounded);

@@ -1,0 +1,89 @@
+// How the rows of a tensor are shared out among threads.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/TensorIterator.h>
+
+#include <cstdint>
+
+#include "../rows.h"
+
+namespace droppath_ext {
+
+// Elements below which a second thread costs more than it saves; ATen's own value.
+constexpr int64_t kGrainSize = at::internal::GRAIN_SIZE;
+
+// For small work at::parallel_for still asks OpenMP where it runs; a tiny tensor should not pay for that.
+template <typename F>
+void parallel_for(int64_t size, int64_t grain_size, const F& body) {
+  if (size <= grain_size) {
+    body(0, size);
+  } else {
+    at::parallel_for(0, size, grain_size, body);
+  }
+}
+
+// Memory accesses for one element of a kept and of a dropped row. Threads get equal shares of these, not of the
+// elements: the one with fewer kept samples would wait for the others (measured: up to 1.3 times as long).
+struct RowCost {
+  int64_t kept;
+  int64_t dropped;
+
+  int64_t operator()(bool is_kept) const { return is_kept ? kept : dropped; }
+};
+
+// A place in the rows' elements.
+struct RowPosition {
+  int64_t row;
+  int64_t column;
+};
+
+// The cost of one run of rows, sample after sample.
+inline int64_t cost_of_samples(const Rows& rows, const bool* keep, RowCost cost) {
+  int64_t kept = 0;
+  for (int64_t sample = 0; sample < rows.samples; ++sample) {
+    kept += keep[sample];
+  }
+  return rows.length * (kept * cost.kept + (rows.samples - kept) * cost.dropped);
+}
+
+// Where `work` units of cost are done; columns are cut at whole cache lines. Needs rows that are not empty.
+inline RowPosition position_after(int64_t work, int64_t samples_cost, const Rows& rows, const bool* keep,
+                                  RowCost cost) {
+  constexpr int64_t kColumns = 64;
+  const int64_t outer = work / samples_cost;
+  work -= outer * samples_cost;
+  int64_t sample = 0;
+  while (work >= rows.length * cost(keep[sample])) {
+    work -= rows.length * cost(keep[sample]);
+    ++sample;
+  }
+  return {outer * rows.samples + sample, work / cost(keep[sample]) / kColumns * kColumns};
+}
+
+// Calls body(row, column, n, is_kept) in parallel, for runs of n elements that together make up all the rows. `keep`
+// has an entry for each sample.
+template <typename F>
+void parallel_rows(const Rows& rows, const bool* keep, RowCost cost, const F& body) {
+  const auto run = [&](RowPosition begin, RowPosition end) {
+    int64_t sample = rows.sample_of(begin.row);
+    for (int64_t column = begin.column; begin.row <= end.row; ++begin.row, column = 0) {
+      const int64_t n = (begin.row == end.row ? end.column : rows.length) - column;
+      if (n > 0) {
+        body(begin.row, column, n, keep[sample]);
+      }
+      sample = sample + 1 == rows.samples ? 0 : sample + 1;
+    }
+  };
+  if (rows.count * rows.length <= kGrainSize) {
+    run({0, 0}, {rows.count, 0});
+    return;
+  }
+  const int64_t samples_cost = cost_of_samples(rows, keep, cost);
+  at::parallel_for(
+      0, rows.count / rows.samples * samples_cost, kGrainSize * cost.kept, [&](int64_t begin, int64_t end) {
+        run(position_after(begin, samples_cost, rows, keep, cost), position_after(end, samples_cost, rows, keep, cost));
+      });
+}
+
+}  // namespace droppath_ext
