@@ -80,3 +80,54 @@ def drop_path(
         if not _C.has_cuda and x.is_cuda:
             _warn_without_kernels()
     return reference.drop_path(x, drop_prob, scale_by_keep, mode, generator)
+
+
+def drop_path_add(
+    x: Tensor,
+    residual: Tensor,
+    drop_prob: float = 0.0,
+    training: bool = False,
+    scale_by_keep: bool = True,
+    *,
+    gamma: Tensor | None = None,
+    mode: str = "row",
+    generator: Generator | None = None,
+) -> Tensor:
+    """The end of a residual block, ``residual + drop_path(gamma * x)``, in one pass over memory.
+
+    LayerScale, mask, scale and addition in one kernel: a dropped sample of the result is the residual, bit for bit, and
+    x is not read there. The backward is one pass, too, and deterministic; the gradient of ``residual`` is the incoming
+    gradient itself. Everything is computed in float32 (float64 if the result is float64) and rounded once. Where
+    nothing can be dropped (``drop_prob=0`` or not ``training``) the result is ``residual + gamma * x``.
+
+    One kernel serves x, residual and gamma of one dtype, a float16 or bfloat16 x with a float32 residual, and a float16
+    or bfloat16 x and residual with a float32 gamma; other mixtures are computed in a few ATen operations.
+
+    Args:
+        x: The branch's output: Tensor [B, ...] of float16, bfloat16, float32 or float64; dim 0 counts the samples.
+        residual: What the branch is added to: Tensor of the shape and device of x, of any such dtype and any layout.
+        drop_prob: Probability p in [0, 1] that a sample of the branch is dropped.
+        training: If False, nothing is dropped.
+        scale_by_keep: Scale kept samples of the branch by 1 / (1 - p), so that their expectation is gamma * x.
+        gamma: LayerScale's weight, along one dim of a sample: [D] for the last dim, [C, 1, 1] for the channels of
+            [B, C, H, W]. Default: 1.
+        mode: "row" draws for each sample, "batch" once for the whole batch.
+        generator: Random number generator of x's device. Default: torch's own.
+
+    Returns:
+        Tensor of the shape and (for dense x) strides of x, of the dtype that ``residual + gamma * x`` has. Never an
+        alias of an argument.
+
+    Raises:
+        ValueError: ``drop_prob`` is outside [0, 1], ``mode`` is unknown, x is 0-dimensional, ``residual`` has another
+            shape than x, ``gamma`` does not broadcast along one dim of a sample, or the devices differ.
+        TypeError: A tensor is not of a floating-point dtype listed above, or ``drop_prob`` is not a number.
+
+    Source: Huang et al., "Deep Networks with Stochastic Depth", https://arxiv.org/abs/1603.09382; gamma: Touvron et
+    al., "Going deeper with Image Transformers" (LayerScale), https://arxiv.org/abs/2103.17239.
+    """
+    check_drop_prob(drop_prob)
+    check_mode(mode)
+    if not training:
+        drop_prob = 0.0
+    return reference.drop_path_add(x, residual, drop_prob, scale_by_keep, gamma, mode, generator)

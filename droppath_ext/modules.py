@@ -1,8 +1,11 @@
 """The functions of ``functional`` as modules: they store arguments and call."""
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor, nn
 
-from .functional import check_drop_prob, check_mode, drop_path
+from .functional import check_drop_prob, check_mode, drop_path, drop_path_add
 
 
 class DropPath(nn.Module):
@@ -31,3 +34,59 @@ class DropPath(nn.Module):
     def extra_repr(self) -> str:
         mode = "" if self.mode == "row" else f", mode={self.mode}"
         return f"drop_prob={round(self.drop_prob, 3):0.3f}{mode}"
+
+
+class DropPathAdd(nn.Module):
+    """``drop_path_add`` as a module: the end of a residual block, with or without LayerScale.
+
+    Args:
+        drop_prob: Probability in [0, 1] that a sample of the branch is dropped, in training.
+        scale_by_keep: Scale kept samples by 1 / (1 - drop_prob).
+        mode: "row" draws for each sample, "batch" once for the whole batch.
+        dim: Shape of the parameter ``gamma``: D for the last dim of x, (C, 1, 1) for the channels of [B, C, H, W].
+            Needs ``init_values``. Default: no gamma.
+        init_values: What gamma is filled with at first; 1e-5 in many models. Needs ``dim``.
+
+    Shape:
+        x, residual and output: [B, ...]; see :func:`droppath_ext.drop_path_add` for dtypes and errors.
+    """
+
+    gamma: nn.Parameter | None
+
+    def __init__(
+        self,
+        drop_prob: float = 0.0,
+        scale_by_keep: bool = True,
+        mode: str = "row",
+        dim: int | Sequence[int] | None = None,
+        init_values: float | None = None,
+    ) -> None:
+        check_drop_prob(drop_prob)
+        check_mode(mode)
+        if (dim is None) != (init_values is None):
+            raise ValueError(f"dim and init_values go together, but got dim={dim} and init_values={init_values}")
+        super().__init__()
+        self.drop_prob = drop_prob
+        self.scale_by_keep = scale_by_keep
+        self.mode = mode
+        self.init_values = init_values
+        if dim is None or init_values is None:
+            self.register_parameter("gamma", None)
+        else:
+            self.gamma = nn.Parameter(torch.empty(dim))
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Fill gamma with ``init_values``, if there is one."""
+        if self.gamma is not None and self.init_values is not None:
+            nn.init.constant_(self.gamma, self.init_values)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return drop_path_add(
+            x, residual, self.drop_prob, self.training, self.scale_by_keep, gamma=self.gamma, mode=self.mode
+        )
+
+    def extra_repr(self) -> str:
+        mode = "" if self.mode == "row" else f", mode={self.mode}"
+        gamma = "" if self.gamma is None else f", dim={list(self.gamma.shape)}, init_values={self.init_values}"
+        return f"drop_prob={round(self.drop_prob, 3):0.3f}{mode}{gamma}"

@@ -1,6 +1,6 @@
 """The composite path: the whole contract in a few ATen ops.
 
-It serves whatever the native extension does not (``functional.drop_path`` chooses), and it is the executable
+It serves whatever the native extension does not (``functional`` chooses), and it is the executable
 specification that the tests compare the kernels with.
 """
 
@@ -34,12 +34,72 @@ def draw_keep_mask(x: Tensor, drop_prob: float, mode: str = "row", generator: Ge
     return like.new_empty((size,), dtype=torch.float32).bernoulli_(1.0 - drop_prob, generator=generator) != 0
 
 
+def mask_dropped(x: Tensor, keep: Tensor, value: float) -> Tensor:
+    """x where the sample is kept, ``value`` where it is dropped, whatever x holds there."""
+    keep = keep.view(-1, *[1] * (x.ndim - 1))
+    # Only where() keeps the strides of x, but it knows no nested tensors.
+    return x.masked_fill(~keep, value) if x.is_nested else torch.where(keep, x, value)
+
+
 def apply_keep_mask(x: Tensor, keep: Tensor, scale: float) -> Tensor:
     """x * scale where the sample is kept, rounded once; +0 where it is dropped, whatever x holds there."""
-    keep = keep.view(-1, *[1] * (x.ndim - 1))
-    scaled = x * scale  # ATen multiplies by a Python number in float32 for half types and in float64 for float64
-    # Only where() keeps the strides of x, but it knows no nested tensors.
-    return scaled.masked_fill(~keep, 0.0) if x.is_nested else torch.where(keep, scaled, 0.0)
+    # ATen multiplies by a Python number in float32 for half types and in float64 for float64.
+    return mask_dropped(x * scale, keep, 0.0)
+
+
+def add_dtype(x: Tensor, residual: Tensor, gamma: Tensor | None) -> torch.dtype:
+    """The dtype of residual + gamma * x."""
+    dtype = torch.result_type(x, residual)
+    return dtype if gamma is None else torch.promote_types(dtype, gamma.dtype)
+
+
+def add_kept(x: Tensor, residual: Tensor, gamma: Tensor | None, keep: Tensor | None, scale: float) -> Tensor:
+    """residual + gamma * x * scale where the sample is kept, rounded once; the residual itself where it is dropped.
+
+    Without a keep mask every sample is kept.
+    """
+    dtype = add_dtype(x, residual, gamma)
+    opmath = torch.float64 if dtype is torch.float64 else torch.float32
+    branch = x.to(opmath) * scale
+    if gamma is not None:
+        if keep is not None:
+            # Also before gamma: its gradient must not meet the NaN of a dropped sample, not even times zero.
+            branch = mask_dropped(branch, keep, 0.0)
+        branch = branch * gamma.to(opmath)
+    if keep is not None:
+        branch = mask_dropped(branch, keep, -0.0)  # adding -0, unlike +0, changes no number
+    return (branch + residual.to(opmath)).to(dtype)
+
+
+def gamma_dim(x: Tensor, gamma: Tensor) -> int:
+    """The dimension of x along which gamma has an entry for each index; every other dimension of gamma has size 1."""
+    dims = range(x.ndim - gamma.ndim, x.ndim)
+    long = {dim for dim, size in zip(dims, gamma.shape, strict=True) if size != 1}
+    fitting = [dim for dim in dims if dim > 0 and long <= {dim} and gamma.shape[dim - dims.start] == x.shape[dim]]
+    if dims.start < 0 or not fitting:
+        raise ValueError(
+            "gamma must broadcast along one dim of a sample, as [D] or [C, 1, 1] do, "
+            f"but got shape {list(gamma.shape)} for x of shape {list(x.shape)}"
+        )
+    return fitting[-1]
+
+
+def check_add_inputs(x: Tensor, residual: Tensor, gamma: Tensor | None) -> None:
+    """Raise unless x, residual and gamma can be combined. The kernels' own checks read the same."""
+    check_input(x)
+    for name, tensor in (("residual", residual), ("gamma", gamma)):
+        if tensor is None:
+            continue
+        check_input(tensor, name)
+        if tensor.device != x.device:
+            raise ValueError(f"{name} must be on {x.device}, where x is, but got {tensor.device}")
+    if residual.shape != x.shape:
+        raise ValueError(
+            f"residual must have the shape of x, {list(x.shape)}, but got {list(residual.shape)}: "
+            "expand it first, say by residual.expand_as(x)"
+        )
+    if gamma is not None:
+        gamma_dim(x, gamma)
 
 
 def drop_path(x: Tensor, drop_prob: float, scale_by_keep: bool, mode: str, generator: Generator | None) -> Tensor:
@@ -47,3 +107,18 @@ def drop_path(x: Tensor, drop_prob: float, scale_by_keep: bool, mode: str, gener
     check_input(x)
     keep = draw_keep_mask(x, drop_prob, mode, generator)
     return apply_keep_mask(x, keep, keep_scale(drop_prob, scale_by_keep))
+
+
+def drop_path_add(
+    x: Tensor,
+    residual: Tensor,
+    drop_prob: float,
+    scale_by_keep: bool,
+    gamma: Tensor | None,
+    mode: str,
+    generator: Generator | None,
+) -> Tensor:
+    """``functional.drop_path_add``, without a mask if drop_prob is 0; drop_prob and mode are valid."""
+    check_add_inputs(x, residual, gamma)
+    keep = draw_keep_mask(x, drop_prob, mode, generator) if drop_prob > 0.0 else None
+    return add_kept(x, residual, gamma, keep, keep_scale(drop_prob, scale_by_keep))
