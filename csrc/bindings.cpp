@@ -51,6 +51,23 @@ std::optional<at::Tensor> drop_path(py::handle x, double drop_prob, bool scale_b
   return std::get<0>(droppath_ext::drop_path(tensor, drop_prob, scale_by_keep, per_sample, generator));
 }
 
+std::optional<at::Tensor> drop_path_add(py::handle x, py::handle residual, py::handle gamma, double drop_prob,
+                                        bool scale_by_keep, bool per_sample,
+                                        const std::optional<at::Generator>& generator) {
+  if (!uses_fused_path(x) || !uses_fused_path(residual) || !(gamma.is_none() || uses_fused_path(gamma))) {
+    return std::nullopt;
+  }
+  const at::Tensor& branch = THPVariable_Unpack(x.ptr());
+  const at::Tensor& shortcut = THPVariable_Unpack(residual.ptr());
+  const auto weight = gamma.is_none() ? std::nullopt : std::optional<at::Tensor>(THPVariable_Unpack(gamma.ptr()));
+  if (!droppath_ext::is_fused_mix(branch, shortcut, weight)) {
+    return std::nullopt;
+  }
+  py::gil_scoped_release no_gil;
+  return std::get<0>(
+      droppath_ext::drop_path_add(branch, shortcut, weight, drop_prob, scale_by_keep, per_sample, generator));
+}
+
 at::Tensor keep_mask(uint64_t seed, uint64_t offset, int64_t size, double drop_prob) {
   droppath_ext::check_drop_prob(drop_prob);
   return droppath_ext::draw_keep_mask(seed, offset, size, drop_prob);
@@ -72,5 +89,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("uses_fused_path", &uses_fused_path, py::arg("x"));
   m.def("drop_path", &drop_path, py::arg("x"), py::arg("drop_prob"), py::arg("scale_by_keep"), py::arg("per_sample"),
         py::arg("generator") = py::none());
+  m.def("drop_path_add", &drop_path_add, py::arg("x"), py::arg("residual"), py::arg("gamma"), py::arg("drop_prob"),
+        py::arg("scale_by_keep"), py::arg("per_sample"), py::arg("generator") = py::none());
   m.def("keep_mask", &keep_mask, py::arg("seed"), py::arg("offset"), py::arg("size"), py::arg("drop_prob"));
 }

@@ -4,6 +4,7 @@
 #include <ATen/core/Generator.h>
 #include <ATen/core/Tensor.h>
 
+#include <array>
 #include <optional>
 #include <tuple>
 
@@ -15,32 +16,58 @@ namespace droppath_ext {
 std::tuple<at::Tensor, at::Tensor> drop_path(const at::Tensor& x, double drop_prob, bool scale_by_keep, bool per_sample,
                                              const std::optional<at::Generator>& generator);
 at::Tensor drop_path_backward(const at::Tensor& grad, const at::Tensor& keep, double scale);
+std::tuple<at::Tensor, at::Tensor> drop_path_add(const at::Tensor& x, const at::Tensor& residual,
+                                                 const std::optional<at::Tensor>& gamma, double drop_prob,
+                                                 bool scale_by_keep, bool per_sample,
+                                                 const std::optional<at::Generator>& generator);
+std::tuple<at::Tensor, at::Tensor> drop_path_add_backward(const at::Tensor& grad, const std::optional<at::Tensor>& x,
+                                                          const std::optional<at::Tensor>& gamma,
+                                                          const at::Tensor& keep, double scale, at::ScalarType dtype,
+                                                          std::array<bool, 2> output_mask);
 
 // Each raises one sentence that names the argument, its value and the rule.
 void check_input(const at::Tensor& x, const char* name);
 void check_drop_prob(double drop_prob);
 void check_keep(const at::Tensor& keep, const at::Tensor& x);
+void check_add_inputs(const at::Tensor& x, const at::Tensor& residual, const std::optional<at::Tensor>& gamma);
+void check_add_backward_inputs(const at::Tensor& grad, const std::optional<at::Tensor>& x,
+                               const std::optional<at::Tensor>& gamma, const at::Tensor& keep, at::ScalarType dtype,
+                               std::array<bool, 2> output_mask);
+
+// Whether one kernel combines these dtypes: all equal, a half-precision x with a float32 residual, or half-precision x
+// and residual with a float32 gamma.
+bool is_fused_mix(const at::Tensor& x, const at::Tensor& residual, const std::optional<at::Tensor>& gamma);
+
+// The dtype of residual + gamma * x.
+at::ScalarType add_dtype(const at::Tensor& x, const at::Tensor& residual, const std::optional<at::Tensor>& gamma);
 
 // 1 / keep_prob, or 1 where nothing is kept or scaled.
 double keep_scale(double drop_prob, bool scale_by_keep);
 
-// Entries of the keep mask: one draw per sample, or one for the whole batch.
+// Entries of the keep mask: one draw per sample, or one for the whole batch. A mask without entries, of drop_path_add
+// where nothing is dropped, keeps every sample.
 inline c10::SymInt keep_size(const at::Tensor& x, bool per_sample) {
   return per_sample ? x.sym_size(0) : c10::SymInt(1);
+}
+inline c10::SymInt add_keep_size(const at::Tensor& x, double drop_prob, bool per_sample) {
+  return drop_prob == 0.0 ? c10::SymInt(0) : keep_size(x, per_sample);
 }
 
 // The keep mask of a CPU call, or of a CUDA call with this generator state: bool[size] on the CPU.
 at::Tensor draw_keep_mask(uint64_t seed, uint64_t offset, int64_t size, double drop_prob);
 
-// The rows of x against a dense output, one keep mask entry for each sample (keep_size of them); nothing if the layout
-// of x has no such rows.
-std::optional<Rows> find_rows(const at::Tensor& x, const at::Tensor& out, int64_t keep_size);
+// The rows of a dense output: one sample for each of the mask's entries, or all as one where it has one or none.
+Rows find_rows(const at::Tensor& out, int64_t keep_size);
 
-// An input that surely has rows against `out`: x itself, or else a copy of it in the layout of `out`.
+// An input with rows against an output: the tensor itself, or a copy of it in the layout of the output.
 struct Input {
-  at::Tensor x;
-  Rows rows;
+  at::Tensor tensor;
+  RowStrides strides;
 };
-Input with_rows(const at::Tensor& x, const at::Tensor& out, int64_t keep_size);
+Input with_rows(const at::Tensor& x, const at::Tensor& out, const Rows& rows);
+
+// The dimension of x along which gamma has entries.
+int64_t gamma_dim(const at::Tensor& x, const at::Tensor& gamma);
+Channels find_channels(const at::Tensor& out, const at::Tensor& gamma);
 
 }  // namespace droppath_ext

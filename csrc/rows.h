@@ -15,23 +15,41 @@ C10_HOST_DEVICE inline int64_t divide(int64_t a, int64_t b) {
   return a / b;
 }
 
-// A tensor as rows in the order of the output's memory. A row is a run of elements of one sample that is dense in the
-// input and in the output; the output is dense as a whole, so its row r starts at r * length.
+// A tensor as rows in the order of the output's memory. A row is a run of elements of one sample; the output is dense
+// as a whole, so its row r starts at r * length.
 //
-//   contiguous or channels_last [B, ...]     count = B,     length = elements of a sample
+//   contiguous or channels_last [B, ...]         count = B,     length = elements of a sample
 //   sequence-first [N, B, D], viewed [B, N, D]   count = N * B, length = D
 struct Rows {
   int64_t count;
   int64_t length;
-  int64_t samples;        // row r belongs to sample r % samples
-  int64_t sample_stride;  // of the input, in elements
-  int64_t outer_stride;   // of the input, from row r to row r + samples
+  int64_t samples;  // row r belongs to sample r % samples
 
   C10_HOST_DEVICE int64_t outer_of(int64_t row) const { return count == samples ? 0 : divide(row, samples); }
   // The one place that knows which sample a row belongs to.
   C10_HOST_DEVICE int64_t sample_of(int64_t row) const { return row - outer_of(row) * samples; }
-  C10_HOST_DEVICE int64_t input_offset(int64_t row) const {
-    return sample_of(row) * sample_stride + outer_of(row) * outer_stride;
+};
+
+// Where an input, dense within each row, has its rows; in elements.
+struct RowStrides {
+  int64_t sample;  // from one sample to the next
+  int64_t outer;   // from row r to row r + samples
+
+  C10_HOST_DEVICE int64_t offset_of(int64_t row, const Rows& rows) const {
+    const int64_t outer_index = rows.outer_of(row);
+    return (row - outer_index * rows.samples) * sample + outer_index * outer;
+  }
+};
+
+// Which entry of gamma belongs to an element, by the element's place in the output's memory: entries follow each other
+// every `inner` elements. 1 for the last dim of tokens and for channels_last, H * W for contiguous [B, C, H, W].
+struct Channels {
+  int64_t inner;
+  int64_t count;
+
+  C10_HOST_DEVICE int64_t channel_of(int64_t place) const {
+    const int64_t run = inner == 1 ? place : divide(place, inner);
+    return run - divide(run, count) * count;
   }
 };
 

@@ -130,4 +130,10 @@ def drop_path_add(
     check_mode(mode)
     if not training:
         drop_prob = 0.0
+    if not is_compiling():
+        out = _C.drop_path_add(x, residual, gamma, drop_prob, scale_by_keep, mode == "row", generator)
+        if out is not None:
+            return out
+        if not _C.has_cuda and x.is_cuda:
+            _warn_without_kernels()
     return reference.drop_path_add(x, residual, drop_prob, scale_by_keep, gamma, mode, generator)

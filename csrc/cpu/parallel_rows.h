@@ -61,29 +61,42 @@ inline RowPosition position_after(int64_t work, int64_t samples_cost, const Rows
   return {outer * rows.samples + sample, work / cost(keep[sample]) / kColumns * kColumns};
 }
 
-// Calls body(row, column, n, is_kept) in parallel, for runs of n elements that together make up all the rows. `keep`
-// has an entry for each sample.
+// Part of a row, and which thread works on it.
+struct RowPart {
+  int64_t row;
+  int64_t column;
+  int64_t size;
+  bool is_kept;
+  int thread;
+};
+
+// Threads that parallel_rows takes at most.
+inline int row_threads(const Rows& rows) { return rows.count * rows.length <= kGrainSize ? 1 : at::get_num_threads(); }
+
+// Calls body(RowPart) in parallel, for parts that together make up all the rows. `keep` has an entry for each sample.
+// Which thread gets what depends on nothing but the arguments and the number of threads.
 template <typename F>
 void parallel_rows(const Rows& rows, const bool* keep, RowCost cost, const F& body) {
-  const auto run = [&](RowPosition begin, RowPosition end) {
+  const auto run = [&](RowPosition begin, RowPosition end, int thread) {
     int64_t sample = rows.sample_of(begin.row);
     for (int64_t column = begin.column; begin.row <= end.row; ++begin.row, column = 0) {
-      const int64_t n = (begin.row == end.row ? end.column : rows.length) - column;
-      if (n > 0) {
-        body(begin.row, column, n, keep[sample]);
+      const int64_t size = (begin.row == end.row ? end.column : rows.length) - column;
+      if (size > 0) {
+        body(RowPart{begin.row, column, size, keep[sample], thread});
       }
       sample = sample + 1 == rows.samples ? 0 : sample + 1;
     }
   };
-  if (rows.count * rows.length <= kGrainSize) {
-    run({0, 0}, {rows.count, 0});
+  if (row_threads(rows) == 1) {
+    run({0, 0}, {rows.count, 0}, 0);
     return;
   }
   const int64_t samples_cost = cost_of_samples(rows, keep, cost);
-  at::parallel_for(
-      0, rows.count / rows.samples * samples_cost, kGrainSize * cost.kept, [&](int64_t begin, int64_t end) {
-        run(position_after(begin, samples_cost, rows, keep, cost), position_after(end, samples_cost, rows, keep, cost));
-      });
+  at::parallel_for(0, rows.count / rows.samples * samples_cost, kGrainSize * cost.kept,
+                   [&](int64_t begin, int64_t end) {
+                     run(position_after(begin, samples_cost, rows, keep, cost),
+                         position_after(end, samples_cost, rows, keep, cost), at::get_thread_num());
+                   });
 }
 
 }  // namespace droppath_ext

@@ -1,71 +1,239 @@
-#include "drop_path.cuh"
-
 #include <ATen/Dispatch.h>
 #include <ATen/cuda/CUDAGeneratorImpl.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros_like.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <limits>
 
 #include "../ops.h"
+#include "add_kept.cuh"
+#include "gamma_grad.cuh"
 
 namespace droppath_ext {
 namespace {
 
-// The scalar types that the kernels compute with.
+// The types that ATen stores and the kernels compute with.
 template <typename T>
-struct Native {
+struct NativeType {
   using type = T;
 };
 template <>
-struct Native<at::Half> {
+struct NativeType<at::Half> {
   using type = __half;
 };
 template <>
-struct Native<at::BFloat16> {
+struct NativeType<at::BFloat16> {
   using type = __nv_bfloat16;
 };
+template <typename T>
+using Native = typename NativeType<T>::type;
 
-template <typename T, int kWidth, typename Mask>
-void launch(T* out, const T* x, const Mask& mask, const Rows& rows, double scale) {
-  const Tiling tiling = Tiling::make(rows, kWidth);
-  const int64_t tiles = tiling.tiles(rows);
-  TORCH_CHECK_VALUE(tiles <= std::numeric_limits<int32_t>::max(), "x is too large for one launch: ", tiles,
+template <typename T>
+const T* data_of(const at::Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+unsigned check_blocks(int64_t blocks) {
+  TORCH_CHECK_VALUE(blocks <= std::numeric_limits<int32_t>::max(), "x is too large for one launch: ", blocks,
                     " blocks, at most ", std::numeric_limits<int32_t>::max());
-  if (tiles == 0) {
+  return static_cast<unsigned>(blocks);
+}
+
+// Whether a vector of kWidth elements may be loaded from there.
+template <int kWidth, typename T>
+bool is_aligned(const T* data) {
+  return reinterpret_cast<uintptr_t>(data) % (sizeof(T) * kWidth) == 0;
+}
+
+template <int kWidth, typename T>
+bool is_vectorizable(const T* data, const RowStrides& strides) {
+  return is_aligned<kWidth>(data) && strides.sample % kWidth == 0 && strides.outer % kWidth == 0;
+}
+
+// Vectors of 16 bytes, of the narrower of two types.
+template <typename T, typename U>
+constexpr int kVectorWidth = 16 / std::min(sizeof(T), sizeof(U));
+
+// gamma as the kernels read it beside elements of type TX: dense, and of that dtype or the one that is computed in.
+template <typename TX>
+at::Tensor readable_gamma(const at::Tensor& gamma) {
+  constexpr bool kIsWide = std::is_same_v<TX, Opmath<TX>>;
+  const bool converts = kIsWide && gamma.element_size() != sizeof(TX);
+  return (converts ? gamma.to(at::kFloat) : gamma).contiguous();
+}
+
+template <typename TX, int kWidth>
+Gamma gamma_operand(const at::Tensor& gamma, const Channels& channels) {
+  const void* values = gamma.const_data_ptr();
+  const bool is_wide = gamma.element_size() != sizeof(TX);
+  const bool is_aligned = reinterpret_cast<uintptr_t>(values) % (gamma.element_size() * kWidth) == 0;
+  return {values, is_wide, channels.inner == 1 && channels.count % kWidth == 0 && is_aligned, channels};
+}
+
+template <typename TO, typename TR, typename TX, int kWidth, bool kHasGamma>
+void launch_add_kept(TO* out, const TR* residual, const TX* x, const Mask& mask, const Gamma& gamma, const Rows& rows,
+                     const RowStrides& strides, const RowStrides& residual_strides, double scale) {
+  const Tiling tiling = Tiling::make(rows, kThreads * kUnroll<TR, kHasGamma>, kWidth);
+  const unsigned blocks = check_blocks(tiling.tiles(rows));
+  if (blocks == 0) {
     return;
   }
-  scale_kept_kernel<T, kWidth><<<static_cast<unsigned>(tiles), kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
-      out, x, mask, rows, tiling, static_cast<typename Opmath<T>::type>(scale));
+  add_kept_kernel<TO, TR, TX, kWidth, kHasGamma><<<blocks, kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
+      out, residual, x, mask, gamma, rows, strides, residual_strides, tiling, static_cast<Opmath<TO>>(scale));
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-// 16-byte accesses, if every row starts and ends on such a boundary in both tensors.
-template <typename T, int kWidth>
-bool is_vectorizable(const T* out, const T* x, const Rows& rows) {
-  const auto addresses = reinterpret_cast<uintptr_t>(out) | reinterpret_cast<uintptr_t>(x);
-  return addresses % (sizeof(T) * kWidth) == 0 && rows.length % kWidth == 0 && rows.sample_stride % kWidth == 0 &&
-         rows.outer_stride % kWidth == 0;
+// out = kept ? x * scale (* gamma) (+ residual) : residual or 0. TR is void where there is no residual.
+template <typename TO, typename TR, typename TX, bool kHasGamma>
+void add_kept(const at::Tensor& out, const at::Tensor* residual, const at::Tensor& x, const at::Tensor* gamma,
+              const Mask& mask, int64_t keep_size, double scale) {
+  constexpr int kWidth = kVectorWidth<TO, TX>;
+  const Rows rows = find_rows(out, keep_size);
+  const Input branch = with_rows(x, out, rows);
+  auto* out_data = static_cast<TO*>(out.mutable_data_ptr());
+  const auto* x_data = data_of<TX>(branch.tensor);
+  bool vectorizes =
+      rows.length % kWidth == 0 && is_aligned<kWidth>(out_data) && is_vectorizable<kWidth>(x_data, branch.strides);
+  Input shortcut{};
+  const TR* residual_data = nullptr;
+  if constexpr (!std::is_void_v<TR>) {
+    shortcut = with_rows(*residual, out, rows);
+    residual_data = data_of<TR>(shortcut.tensor);
+    vectorizes = vectorizes && is_vectorizable<kWidth>(residual_data, shortcut.strides);
+  }
+  at::Tensor weight;
+  Channels channels{1, 1};
+  if constexpr (kHasGamma) {
+    weight = readable_gamma<TX>(*gamma);
+    channels = find_channels(out, *gamma);
+  }
+  const auto launch = [&](auto width) {
+    constexpr int kLaunchWidth = decltype(width)::value;
+    Gamma operand{};
+    if constexpr (kHasGamma) {
+      operand = gamma_operand<TX, kLaunchWidth>(weight, channels);
+    }
+    launch_add_kept<TO, TR, TX, kLaunchWidth, kHasGamma>(out_data, residual_data, x_data, mask, operand, rows,
+                                                         branch.strides, shortcut.strides, scale);
+  };
+  if (vectorizes) {
+    launch(std::integral_constant<int, kWidth>());
+  } else {
+    launch(std::integral_constant<int, 1>());
+  }
 }
 
-template <typename Mask>
-void scale_kept(const at::Tensor& out, const at::Tensor& x, const Mask& mask, int64_t keep_size, double scale) {
-  const Input input = with_rows(x, out, keep_size);
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "drop_path", [&] {
-    using T = typename Native<scalar_t>::type;
-    constexpr int kWidth = 16 / sizeof(T);
-    auto* out_data = reinterpret_cast<T*>(out.mutable_data_ptr<scalar_t>());
-    const auto* x_data = reinterpret_cast<const T*>(input.x.const_data_ptr<scalar_t>());
-    if (is_vectorizable<T, kWidth>(out_data, x_data, input.rows)) {
-      launch<T, kWidth>(out_data, x_data, mask, input.rows, scale);
+int64_t multiprocessors() {
+  int device = 0, count = 0;
+  C10_CUDA_CHECK(cudaGetDevice(&device));
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
+}
+
+template <typename F>
+void dispatch(at::ScalarType dtype, const F& body) {
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "droppath_ext", [&] { body(Native<scalar_t>()); });
+}
+
+// The gradient of gamma, and that of x unless grad_x is null. grad is dense, and its rows hold whole channels.
+template <typename TG, typename TX>
+at::Tensor backward_kept(const at::Tensor* grad_x, const at::Tensor& grad, const at::Tensor& x, const at::Tensor& gamma,
+                         const Mask& mask, int64_t keep_size, double scale) {
+  using F = Opmath<TX>;
+  constexpr int kWidth = kVectorWidth<TG, TX>;
+  const Rows rows = find_rows(grad, keep_size);
+  const Channels channels = find_channels(grad, gamma);
+  const Input branch = with_rows(x, grad, rows);
+  const at::Tensor weight = readable_gamma<TX>(gamma);
+  BackwardArgs<TG, TX> args{grad_x == nullptr ? nullptr : static_cast<TX*>(grad_x->mutable_data_ptr()),
+                            nullptr,
+                            data_of<TG>(grad),
+                            data_of<TX>(branch.tensor),
+                            mask,
+                            Gamma{},
+                            rows,
+                            branch.strides,
+                            static_cast<F>(scale)};
+  const bool vectorizes = (channels.inner == 1 ? channels.count : channels.inner) % kWidth == 0 &&
+                          is_aligned<kWidth>(args.grad) && is_aligned<kWidth>(args.grad_x) &&
+                          is_vectorizable<kWidth>(args.x, branch.strides);
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  at::Tensor parts;
+  const auto allocate_parts = [&](int64_t count) {
+    parts = at::empty({count, channels.count}, grad.options().dtype(sizeof(F) == 8 ? at::kDouble : at::kFloat));
+    args.parts = parts.mutable_data_ptr<F>();
+  };
+  const auto launch = [&](auto width) {
+    constexpr int kLaunchWidth = decltype(width)::value;
+    args.gamma = gamma_operand<TX, kLaunchWidth>(weight, channels);
+    if (channels.inner == 1) {
+      const Columns columns = Columns::make(channels.count, kLaunchWidth);
+      const int64_t lines = grad.numel() / channels.count;
+      // One wave of blocks, so that few parts are left to sum.
+      const int64_t wave = std::max<int64_t>(4 * multiprocessors() / columns.tiles, 1);
+      const int64_t lines_of_block = columns.lines * kLinesInFlight;
+      const int64_t count = std::min((lines + lines_of_block - 1) / lines_of_block, wave);
+      allocate_parts(count);
+      columns_backward_kernel<TG, TX, kLaunchWidth>
+          <<<check_blocks(count * columns.tiles), kThreads, 0, stream>>>(args, columns, count);
     } else {
-      launch<T, 1>(out_data, x_data, mask, input.rows, scale);
+      constexpr int kPlanes = kThreads / kWarp;
+      const int64_t planes = grad.numel() / channels.inner;
+      allocate_parts(planes / channels.count);
+      planes_backward_kernel<TG, TX, kLaunchWidth>
+          <<<check_blocks((planes + kPlanes - 1) / kPlanes), kThreads, 0, stream>>>(args, planes);
+    }
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  };
+  if (vectorizes) {
+    launch(std::integral_constant<int, kWidth>());
+  } else {
+    launch(std::integral_constant<int, 1>());
+  }
+
+  at::Tensor grad_gamma = at::empty_like(gamma, at::MemoryFormat::Contiguous);
+  const unsigned blocks = check_blocks((channels.count + kWarp - 1) / kWarp);
+  dispatch(gamma.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    if constexpr (std::is_same_v<Opmath<T>, Opmath<TX>>) {
+      sum_parts_kernel<T, Opmath<TX>><<<blocks, kThreads, 0, stream>>>(
+          static_cast<T*>(grad_gamma.mutable_data_ptr()), args.parts, parts.size(0), channels.count, args.scale);
+      C10_CUDA_KERNEL_LAUNCH_CHECK();
     }
   });
+  return grad_gamma;
+}
+
+Mask saved_mask(const at::Tensor& keep) {
+  Mask mask{};
+  mask.source = keep.numel() == 0 ? Mask::kAllKept : Mask::kSaved;
+  mask.keep = const_cast<bool*>(keep.const_data_ptr<bool>());  // only a drawn mask is written
+  return mask;
+}
+
+Mask drawn_mask(const at::Tensor& keep, double drop_prob, const std::optional<at::Generator>& generator) {
+  auto* cuda_generator = at::get_generator_or_default<at::CUDAGeneratorImpl>(
+      generator, at::cuda::detail::getDefaultCUDAGenerator(keep.device().index()));
+  std::lock_guard<std::mutex> lock(cuda_generator->mutex_);
+  return {Mask::kDrawn, keep.mutable_data_ptr<bool>(), cuda_generator->philox_cuda_state(/*increment=*/4),
+          keep_threshold(drop_prob)};
+}
+
+at::Tensor empty_mask(const at::Tensor& x, int64_t size) { return at::empty({size}, x.options().dtype(at::kBool)); }
+
+at::Tensor scale_kept(const at::Tensor& x, const Mask& mask, int64_t keep_size, double scale) {
+  at::Tensor out = at::empty_like(x);
+  dispatch(x.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    add_kept<T, void, T, false>(out, nullptr, x, nullptr, mask, keep_size, scale);
+  });
+  return out;
 }
 
 std::tuple<at::Tensor, at::Tensor> drop_path_cuda(const at::Tensor& x, double drop_prob, bool scale_by_keep,
@@ -73,17 +241,9 @@ std::tuple<at::Tensor, at::Tensor> drop_path_cuda(const at::Tensor& x, double dr
   check_input(x, "x");
   check_drop_prob(drop_prob);
   const c10::cuda::CUDAGuard guard(x.device());
-  at::Tensor out = at::empty_like(x);
-  at::Tensor keep = at::empty({keep_size(x, per_sample).expect_int()}, x.options().dtype(at::kBool));
-  auto* cuda_generator = at::get_generator_or_default<at::CUDAGeneratorImpl>(
-      generator, at::cuda::detail::getDefaultCUDAGenerator(x.device().index()));
-  at::PhiloxCudaState philox;
-  {
-    std::lock_guard<std::mutex> lock(cuda_generator->mutex_);
-    philox = cuda_generator->philox_cuda_state(/*increment=*/4);
-  }
-  const DrawnMask mask{philox, keep_threshold(drop_prob), keep.mutable_data_ptr<bool>()};
-  scale_kept(out, x, mask, keep.numel(), keep_scale(drop_prob, scale_by_keep));
+  at::Tensor keep = empty_mask(x, keep_size(x, per_sample).expect_int());
+  const Mask mask = drawn_mask(keep, drop_prob, generator);
+  at::Tensor out = scale_kept(x, mask, keep.numel(), keep_scale(drop_prob, scale_by_keep));
   return {std::move(out), std::move(keep)};
 }
 
@@ -91,10 +251,87 @@ at::Tensor drop_path_backward_cuda(const at::Tensor& grad, const at::Tensor& kee
   check_input(grad, "grad");
   check_keep(keep, grad);
   const c10::cuda::CUDAGuard guard(grad.device());
-  at::Tensor grad_x = at::empty_like(grad);
   const at::Tensor dense_keep = keep.contiguous();
-  scale_kept(grad_x, grad, SavedMask{dense_keep.const_data_ptr<bool>()}, keep.numel(), scale);
-  return grad_x;
+  return scale_kept(grad, saved_mask(dense_keep), keep.numel(), scale);
+}
+
+std::tuple<at::Tensor, at::Tensor> drop_path_add_cuda(const at::Tensor& x, const at::Tensor& residual,
+                                                      const std::optional<at::Tensor>& gamma, double drop_prob,
+                                                      bool scale_by_keep, bool per_sample,
+                                                      const std::optional<at::Generator>& generator) {
+  check_add_inputs(x, residual, gamma);
+  check_drop_prob(drop_prob);
+  const c10::cuda::CUDAGuard guard(x.device());
+  at::Tensor keep = empty_mask(x, add_keep_size(x, drop_prob, per_sample).expect_int());
+  const Mask mask = drop_prob == 0.0 ? saved_mask(keep) : drawn_mask(keep, drop_prob, generator);
+  const double scale = keep_scale(drop_prob, scale_by_keep);
+  const auto dtype = add_dtype(x, residual, gamma);
+  at::Tensor out = at::empty_like(x, x.options().dtype(dtype));
+  dispatch(x.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    const at::Tensor* weight = gamma ? &*gamma : nullptr;
+    if (dtype == x.scalar_type()) {
+      (gamma ? add_kept<T, T, T, true> : add_kept<T, T, T, false>)(out, &residual, x, weight, mask, keep.numel(),
+                                                                   scale);
+    } else if constexpr (sizeof(T) == 2) {
+      if (residual.scalar_type() == x.scalar_type()) {
+        add_kept<float, T, T, true>(out, &residual, x, weight, mask, keep.numel(), scale);
+      } else {
+        (gamma ? add_kept<float, float, T, true> : add_kept<float, float, T, false>)(out, &residual, x, weight, mask,
+                                                                                     keep.numel(), scale);
+      }
+    }
+  });
+  return {std::move(out), std::move(keep)};
+}
+
+std::tuple<at::Tensor, at::Tensor> drop_path_add_backward_cuda(const at::Tensor& grad,
+                                                               const std::optional<at::Tensor>& x,
+                                                               const std::optional<at::Tensor>& gamma,
+                                                               const at::Tensor& keep, double scale,
+                                                               at::ScalarType dtype, std::array<bool, 2> output_mask) {
+  check_add_backward_inputs(grad, x, gamma, keep, dtype, output_mask);
+  const c10::cuda::CUDAGuard guard(grad.device());
+  const at::Tensor dense_keep = keep.contiguous();
+  const Mask mask = saved_mask(dense_keep);
+  at::Tensor dense_grad = grad.is_non_overlapping_and_dense() ? grad : grad.contiguous();
+  if (output_mask[1] && grad.numel() != 0) {
+    const Channels channels = find_channels(dense_grad, *gamma);
+    if (find_rows(dense_grad, keep.numel()).length % (channels.inner * channels.count) != 0) {
+      dense_grad = dense_grad.contiguous();  // a channel is spread over several samples
+    }
+  }
+  const auto options = grad.options().dtype(dtype);
+  at::Tensor grad_x = output_mask[0] ? at::empty_like(dense_grad, options) : at::empty({0}, options);
+  at::Tensor grad_gamma;
+  if (!output_mask[1]) {
+    grad_gamma = at::empty({0}, options);
+  } else if (grad.numel() == 0) {
+    grad_gamma = at::zeros_like(*gamma, at::MemoryFormat::Contiguous);
+  }
+  if (grad.numel() == 0) {
+    return {std::move(grad_x), std::move(grad_gamma)};
+  }
+  dispatch(dtype, [&](auto type) {
+    using T = decltype(type);
+    const auto run = [&](auto grad_type) {
+      using TG = decltype(grad_type);
+      if (output_mask[1]) {
+        grad_gamma =
+            backward_kept<TG, T>(output_mask[0] ? &grad_x : nullptr, dense_grad, *x, *gamma, mask, keep.numel(), scale);
+      } else if (output_mask[0]) {
+        (gamma ? add_kept<T, void, TG, true> : add_kept<T, void, TG, false>)(grad_x, nullptr, dense_grad,
+                                                                             gamma ? &*gamma : nullptr, mask,
+                                                                             keep.numel(), scale);
+      }
+    };
+    if (grad.scalar_type() == dtype) {
+      run(T());
+    } else if constexpr (sizeof(T) == 2) {
+      run(float());
+    }
+  });
+  return {std::move(grad_x), std::move(grad_gamma)};
 }
 
 }  // namespace
@@ -102,6 +339,8 @@ at::Tensor drop_path_backward_cuda(const at::Tensor& grad, const at::Tensor& kee
 TORCH_LIBRARY_IMPL(droppath_ext, CUDA, m) {
   m.impl("drop_path", &drop_path_cuda);
   m.impl("drop_path_backward", &drop_path_backward_cuda);
+  m.impl("drop_path_add", &drop_path_add_cuda);
+  m.impl("drop_path_add_backward", &drop_path_add_backward_cuda);
 }
 
 }  // namespace droppath_ext

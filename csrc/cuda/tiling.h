@@ -10,8 +10,6 @@
 namespace droppath_ext {
 
 constexpr int kThreads = 256;
-constexpr int kUnroll = 4;  // vectors a thread moves
-constexpr int kVectorsPerTile = kThreads * kUnroll;
 
 // Part of one row, or several whole rows.
 struct Tile {
@@ -21,21 +19,21 @@ struct Tile {
   int columns;
 };
 
-// A tile holds at most kVectorsPerTile vectors of `width` elements. A long row is cut into equal tiles; short rows
+// A tile holds at most `vectors` vectors of `width` elements. A long row is cut into equal tiles; short rows
 // share one. The tile's number is the block's: one grid dimension of up to 2^31 - 1 blocks carries every size.
 struct Tiling {
   int64_t tiles_per_row;  // 1 for short rows
   int rows_per_tile;      // 1 for long rows
   int columns_per_tile;
 
-  static Tiling make(const Rows& rows, int width) {
-    const int64_t capacity = static_cast<int64_t>(kVectorsPerTile) * width;
+  static Tiling make(const Rows& rows, int vectors, int width) {
+    const int64_t capacity = static_cast<int64_t>(vectors) * width;
     if (rows.length > capacity) {
       const int64_t tiles = ceil_div(rows.length, capacity);
       return {tiles, 1, static_cast<int>(ceil_div(ceil_div(rows.length, tiles), width) * width)};
     }
-    const int64_t fitting = rows.length == 0 ? kVectorsPerTile : capacity / rows.length;
-    return {1, static_cast<int>(fitting < kVectorsPerTile ? fitting : kVectorsPerTile), static_cast<int>(rows.length)};
+    const int64_t fitting = rows.length == 0 ? vectors : capacity / rows.length;
+    return {1, static_cast<int>(fitting < vectors ? fitting : vectors), static_cast<int>(rows.length)};
   }
 
   int64_t tiles(const Rows& rows) const { return ceil_div(rows.count, rows_per_tile) * tiles_per_row; }

@@ -1,0 +1,54 @@
+// The vectorised inner loops over dense memory. Compiled for several x86-64 levels and chosen when the library loads,
+// so that one portable wheel runs at the machine's full vector width.
+#pragma once
+
+#include <ATen/OpMathType.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "../rows.h"
+
+namespace droppath_ext {
+
+// What x is multiplied by, element for element: the scale alone, or gamma * scale.
+template <typename F>
+class Factors {
+ public:
+  explicit Factors(F scale) : channels_{INT64_MAX, 1}, values_{scale} {}
+  // values: one for each channel.
+  Factors(std::vector<F> values, Channels channels) : channels_(channels), values_(std::move(values)) {
+    // Any block of neighbours can be read at once, wherever it starts.
+    for (int64_t i = 0; i < kBlock; ++i) {
+      values_.push_back(values_[i]);
+    }
+  }
+
+  const Channels& channels() const { return channels_; }
+  const F* values() const { return values_.data(); }
+
+  static constexpr int64_t kBlock = 64;  // elements that a loop takes at most at once
+
+ private:
+  Channels channels_;
+  std::vector<F> values_;
+};
+
+// How the output is written: past the caches where it is too large to be found there later anyway.
+enum class Store { kCached, kStreamed };
+
+// out = x * factors (+ residual), n elements, the first of them at `place` in the memory of the whole output. Rounded
+// once. TR is void where there is no residual.
+template <typename TO, typename TR, typename TX>
+void add_span(TO* out, const TR* residual, const TX* x, const Factors<at::opmath_type<TO>>& factors, int64_t place,
+              int64_t n, Store store);
+
+// The backward of gamma * x: grad_x = grad * factors, unless grad_x is null, and sums[channel] += grad * x.
+template <typename TG, typename TX>
+void backward_span(TX* grad_x, at::opmath_type<TG>* sums, const TG* grad, const TX* x,
+                   const Factors<at::opmath_type<TG>>& factors, int64_t place, int64_t n, Store store);
+
+// Copies n bytes, or writes zeros if there is no source.
+void fill_span(void* out, const void* source, int64_t n, Store store);
+
+}  // namespace droppath_ext
