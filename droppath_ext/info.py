@@ -4,10 +4,11 @@ import platform
 import sys
 
 import torch
+from torch import Tensor
 
 from . import reference
 from ._native import _C
-from .functional import drop_path
+from .functional import drop_path, drop_path_add
 from .version import __version__
 
 
@@ -54,6 +55,24 @@ def self_test(device: str) -> None:
                 raise RuntimeError(f"the forward pass differs from the formula for {dtype} {shape}")
             if not torch.equal(grad_x, reference.apply_keep_mask(grad, keep, scale)):
                 raise RuntimeError(f"the backward pass differs from the formula for {dtype} {shape}")
+            _self_test_add(x, grad, drop_prob)
+
+
+def _self_test_add(x: Tensor, grad: Tensor, drop_prob: float) -> None:
+    """The same of drop_path_add, whose sums may differ in the last bits."""
+    residual = torch.randn_like(x).requires_grad_()
+    gamma = torch.rand(x.shape[-1], device=x.device).add_(0.5).to(x.dtype).requires_grad_()
+    inputs = (x, residual, gamma)
+    out = drop_path_add(x, residual, drop_prob, training=True, gamma=gamma)
+    keep = (out != residual).flatten(1).any(1)
+    formula = reference.add_kept(x, residual, gamma, keep, reference.keep_scale(drop_prob, scale_by_keep=True))
+    results = (out, *torch.autograd.grad(out, inputs, grad))
+    expected = (formula, *torch.autograd.grad(formula, inputs, grad))
+    names = ("the result", "grad_x", "grad_residual", "grad_gamma")
+    for name, actual, wanted in zip(names, results, expected, strict=True):
+        tolerance = 32 * torch.finfo(x.dtype).eps * wanted.abs().max()
+        if not torch.allclose(actual, wanted, rtol=0.0, atol=tolerance.item()):
+            raise RuntimeError(f"{name} of drop_path_add differs from the formula for {x.dtype} {list(x.shape)}")
 
 
 def main() -> int:
