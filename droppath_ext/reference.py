@@ -49,7 +49,8 @@ def apply_keep_mask(x: Tensor, keep: Tensor, scale: float) -> Tensor:
 
 def add_dtype(x: Tensor, residual: Tensor, gamma: Tensor | None) -> torch.dtype:
     """The dtype of residual + gamma * x."""
-    dtype = torch.result_type(x, residual)
+    # No operand is 0-dimensional, so that their dtypes decide alone (and Dynamo cannot trace result_type).
+    dtype = torch.promote_types(x.dtype, residual.dtype)
     return dtype if gamma is None else torch.promote_types(dtype, gamma.dtype)
 
 
