@@ -28,15 +28,15 @@ part() { # part NAME SECONDS COMMAND...
 }
 
 # The seconds add up to less than ten minutes.
-DROPPATH_EXT_CUDA=1 part build 120 make build PYTHON="$python"
-part info 20 "$python" -m droppath_ext.info
+DROPPATH_EXT_CUDA=1 part build 110 make build PYTHON="$python"
+part info 15 "$python" -m droppath_ext.info
 part tests 170 "$python" -m pytest -q -k "cuda or compile"
 # Without the caching allocator, so that reads and writes beyond a tensor leave its allocation.
-PYTORCH_NO_CUDA_MEMORY_CACHING=1 part memcheck 80 compute-sanitizer --tool memcheck --error-exitcode 1 \
+PYTORCH_NO_CUDA_MEMORY_CACHING=1 part memcheck 70 compute-sanitizer --tool memcheck --error-exitcode 1 \
   "$python" -m pytest -q -m memcheck -k cuda
-part ops 100 "$python" benchmarks/run.py ops --device cuda --quick --json "$out/ops.json"
-part overhead 30 "$python" benchmarks/run.py overhead --device cuda --json "$out/overhead.json"
-part model 60 "$python" benchmarks/run.py model --device cuda --quick --json "$out/model.json"
+part ops 150 "$python" benchmarks/run.py ops --device cuda --quick --p 0.1,0.4 --json "$out/ops.json"
+part overhead 25 "$python" benchmarks/run.py overhead --device cuda --quick --json "$out/overhead.json"
+part model 50 "$python" benchmarks/run.py model --device cuda --quick --json "$out/model.json"
 
 if ((${#failed[@]})); then
   echo "gpu-check: failed: ${failed[*]}; the log is in $out"

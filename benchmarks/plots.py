@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from overhead import BASELINE
+from overhead import DOUBLE
 from peers import COMPILED, OURS
 from report import activation_label, peer_names, subtitle
 
@@ -23,17 +23,15 @@ COLOURS = {
     COMPILED["timm"]: "#7dabf5",
     "torchvision": "#15803d",
     "floor formula": "#7e22ce",
-    BASELINE: "#6b7280",
+    DOUBLE: "#6b7280",
 }
 ROOF = "#6b7280"
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "font.size": 10}
 LABEL_BOX = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8}
 
 
-def _by_dtype(rows: list[dict]) -> Iterator[tuple[str, list[dict]]]:
-    """The rows of the first p, one dtype after the other: that p is the one that compiled peers have, too."""
-    first = [row for row in rows if row["p"] == rows[0]["p"]]
-    return ((dtype, list(group)) for dtype, group in groupby(first, key=lambda row: row["dtype"]))
+def _by(key: str, rows: list[dict]) -> Iterator[tuple[str, list[dict]]]:
+    return ((value, list(group)) for value, group in groupby(rows, key=lambda row: row[key]))
 
 
 def _throughput_panel(ax: Axes, rows: list[dict], top: float) -> None:
@@ -52,29 +50,28 @@ def _throughput_panel(ax: Axes, rows: list[dict], top: float) -> None:
         axis.set_major_formatter("{x:g}")
 
 
-def throughput(results: dict) -> Figure:
+def throughput(results: dict, op: str, rows: list[dict]) -> Figure:
     """GB/s over the size of the tensor, one row of panels for each dtype, one column for each pass."""
-    groups = list(_by_dtype(results["ops"]))
-    passes = list(dict.fromkeys(row["pass"] for row in results["ops"]))
+    groups = list(_by("dtype", rows))
+    passes = list(dict.fromkeys(row["pass"] for row in rows))
     shape = (len(groups), len(passes))
     size = (5 * shape[1], 3 * shape[0] + 1.2)
     fig, axes = plt.subplots(*shape, figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained")
-    top = 2 * max(row["copy_gb_per_s"] for _, rows in groups for row in rows)
-    for line, (dtype, rows) in zip(axes, groups, strict=True):
+    top = 2 * max(row["copy_gb_per_s"] for row in rows)
+    for line, (dtype, group) in zip(axes, groups, strict=True):
         for ax, pass_name in zip(line, passes, strict=True):
-            _throughput_panel(ax, [row for row in rows if row["pass"] == pass_name], top)
+            _throughput_panel(ax, [row for row in group if row["pass"] == pass_name], top)
             ax.set_title(f"{dtype}, {pass_name}")
         line[0].set_ylabel("GB/s")
     for ax in axes[-1]:
         ax.set_xlabel("size of x, MiB")
-    p = results["ops"][0]["p"]
-    title = f"drop_path, p = {p}: (2−p)N bytes a pass over the time each takes (higher is better)"
+    title = f"{op}, p = {rows[0]['p']}: bytes of the byte model over the time each takes (higher is better)"
     fig.suptitle(f"{title}\n{subtitle(results['environment'])}", fontsize=11)
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     return fig
 
 
-def ratios(results: dict, dtype: str, rows: list[dict]) -> Figure:
+def ratios(results: dict, op: str, dtype: str, rows: list[dict]) -> Figure:
     """Our time over each peer's as bars, one panel for each pass."""
     peers = peer_names(rows)
     passes = list(dict.fromkeys(row["pass"] for row in rows))
@@ -95,7 +92,7 @@ def ratios(results: dict, dtype: str, rows: list[dict]) -> Figure:
         ax.grid(axis="y", visible=False)
     axes[0, 0].set_yticks(range(len(labels)), labels)
     axes[0, 0].invert_yaxis()
-    title = f"drop_path, {dtype}, p = {rows[0]['p']}: time of {OURS} relative to each peer"
+    title = f"{op}, {dtype}, p = {rows[0]['p']}: time of {OURS} relative to each peer"
     fig.suptitle(f"{title}\n{subtitle(results['environment'])}", fontsize=11)
     handles = [Patch(color=COLOURS[peer], label=peer) for peer in peers]
     fig.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False)
@@ -103,19 +100,24 @@ def ratios(results: dict, dtype: str, rows: list[dict]) -> Figure:
 
 
 def overhead(results: dict) -> Figure:
-    """Host microseconds a call, one panel for each pass."""
-    rows = results["overhead"]
-    names = list(rows[0]["times_us"])
-    fig, axes = plt.subplots(1, len(rows), figsize=(11, 3.2), sharey=True, squeeze=False, layout="constrained")
-    for ax, row in zip(axes[0], rows, strict=True):
-        medians = [row["times_us"][name]["median"] for name in names]
-        ax.set_axisbelow(True)
-        ax.barh(names, medians, color=[COLOURS.get(name, COLOURS[OURS]) for name in names])
-        for y, value in enumerate(medians):
-            ax.text(value, y, f" {value:.1f}", va="center", fontsize=8)
-        ax.set(title=row["pass"], xlabel="µs a call", xlim=(0, max(medians) * 1.15))
-        ax.grid(axis="y", visible=False)
-    axes[0, 0].invert_yaxis()
+    """Host microseconds a call, one row of panels for each op, one column for each pass."""
+    groups = list(_by("op", results["overhead"]))
+    passes = list(dict.fromkeys(row["pass"] for row in results["overhead"]))
+    shape = (len(groups), len(passes))
+    size = (11, 2.6 * shape[0] + 0.6)
+    fig, axes = plt.subplots(*shape, figsize=size, sharey="row", squeeze=False, layout="constrained")
+    for line, (op, rows) in zip(axes, groups, strict=True):
+        for ax, row in zip(line, rows, strict=True):
+            names = list(row["times_us"])
+            medians = [row["times_us"][name]["median"] for name in names]
+            ax.set_axisbelow(True)
+            ax.barh(names, medians, color=[COLOURS.get(name, COLOURS[OURS]) for name in names])
+            for y, value in enumerate(medians):
+                ax.text(value, y, f" {value:.1f}", va="center", fontsize=8)
+            ax.set(title=row["pass"], xlabel="µs a call", xlim=(0, max(medians) * 1.15))
+            ax.grid(axis="y", visible=False)
+        line[0].invert_yaxis()
+        line[0].set_ylabel(op, fontweight="bold")
     fig.suptitle(f"Host time of a call on a tiny tensor, one thread\n{subtitle(results['environment'])}", fontsize=11)
     return fig
 
@@ -126,10 +128,12 @@ def draw(results: dict, folder: Path) -> list[Path]:
     paths = []
     with plt.rc_context(STYLE):
         figures: dict[str, Figure] = {}
-        if results.get("ops"):
-            figures["ops-throughput"] = throughput(results)
-            for dtype, rows in _by_dtype(results["ops"]):
-                figures[f"ops-ratio-{dtype}"] = ratios(results, dtype, rows)
+        for op, rows in _by("op", results.get("ops", [])):
+            # Only the rows of the first p: that p is the one that compiled peers have, too.
+            first = [row for row in rows if row["p"] == rows[0]["p"]]
+            figures[f"ops-throughput-{op}"] = throughput(results, op, first)
+            for dtype, group in _by("dtype", first):
+                figures[f"ops-ratio-{op}-{dtype}"] = ratios(results, op, dtype, group)
         if results.get("overhead"):
             figures["overhead"] = overhead(results)
         for name, figure in figures.items():

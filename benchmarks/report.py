@@ -102,10 +102,10 @@ def _spread(time_us: dict[str, float], unit_us: float) -> str:
 
 
 def _ops(rows: list[dict]) -> Iterator[Table]:
-    for (dtype, p), group in groupby(rows, key=lambda row: (row["dtype"], row["p"])):
+    for (op, dtype, p), group in groupby(rows, key=lambda row: (row["op"], row["dtype"], row["p"])):
         peers = peer_names(members := list(group))
         header = ["activation", "pass", "tensor MiB", "µs (p20–p80)", "moved MiB", "GB/s", "% of copy"]
-        table = Table(f"drop_path, {dtype}, p = {p}", header + [f"÷ {name}" for name in peers])
+        table = Table(f"{op}, {dtype}, p = {p}", header + [f"÷ {name}" for name in peers])
         for row in members:
             table.rows.append(
                 [
@@ -123,18 +123,21 @@ def _ops(rows: list[dict]) -> Iterator[Table]:
 
 
 def _overhead(rows: list[dict]) -> Iterator[Table]:
-    header = ["call"]
-    for row in rows:
-        header += [f"{row['pass']}, µs", "min", "÷ x * 2"]
-    shape = "×".join(map(str, rows[0]["shape"]))
-    table = Table(f"Host time of a call on a tiny tensor ({shape}, {rows[0]['dtype']}, one thread)", header)
-    for name in rows[0]["times_us"]:
-        cells = [name]
-        for row in rows:
-            time = row["times_us"][name]
-            cells += [f"{time['median']:.2f}", f"{time['min']:.2f}", f"{row['ratio'][name]:.2f}"]
-        table.rows.append(cells)
-    yield table
+    for (op, baseline), group in groupby(rows, key=lambda row: (row["op"], row["baseline"])):
+        members = list(group)
+        header = ["call"]
+        for row in members:
+            header += [f"{row['pass']}, µs", "min", f"÷ {baseline}"]
+        shape = "×".join(map(str, members[0]["shape"]))
+        title = f"{op}: host time of a call on a tiny tensor ({shape}, {members[0]['dtype']}, one thread)"
+        table = Table(title, header)
+        for name in members[0]["times_us"]:
+            cells = [name]
+            for row in members:
+                time = row["times_us"][name]
+                cells += [f"{time['median']:.2f}", f"{time['min']:.2f}", f"{row['ratio'][name]:.2f}"]
+            table.rows.append(cells)
+        yield table
 
 
 def _course(losses: list[float]) -> str:

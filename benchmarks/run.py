@@ -2,7 +2,7 @@
 """The benchmark of droppath_ext.
 
     python benchmarks/run.py                                   everything, sized for the device
-    python benchmarks/run.py ops --device cpu --dtype float32 --p 0.1,0.3 --json FILE
+    python benchmarks/run.py ops --op drop_path_add --p 0.1,0.4 --json FILE
     python benchmarks/run.py plot FILE --plot DIR              pictures from a result file
     python benchmarks/run.py table FILE --p 0.1                Markdown tables from a result file
 
@@ -12,17 +12,26 @@ What is measured, and how: benchmarks/README.md.
 import argparse
 import json
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-DTYPES = ("float32", "bfloat16", "float16", "float64")
+from workloads import ACTIVATIONS, DROP_PROBS, DTYPES, OPS, QUICK_DROP_PROBS, QUICK_DTYPES
+
 PARTS = ("ops", "overhead", "model")
+ACTIVATION_NAMES = tuple(dict.fromkeys(activation.name for activation in ACTIVATIONS))
+FILTERS = ("op", "activation", "dtype", "p")  # options that choose rows of ops by the key of the same name
 
 
-def dtype_list(text: str) -> list[str]:
-    names = text.split(",")
-    if unknown := set(names) - set(DTYPES):
-        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))} is not one of {', '.join(DTYPES)}")
-    return names
+def list_of(choices: Iterable[str]) -> Callable[[str], list[str]]:
+    """The type of an option that takes some of these names, separated by commas."""
+
+    def parse(text: str) -> list[str]:
+        names = text.split(",")
+        if unknown := set(names) - set(choices):
+            raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))} is not one of {', '.join(choices)}")
+        return names
+
+    return parse
 
 
 def p_list(text: str) -> list[float]:
@@ -35,17 +44,27 @@ def p_list(text: str) -> list[float]:
     return values
 
 
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"it must be a whole number of at least 1, not {text}")
+    return int(text)
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=("all", *PARTS, "plot", "table"), default="all")
     parser.add_argument("file", nargs="?", type=Path, help="result file, for plot and table")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
-    parser.add_argument("--dtype", type=dtype_list, action="extend", metavar="NAMES", help=f"of {', '.join(DTYPES)}")
-    parser.add_argument("--p", type=p_list, action="extend", metavar="NUMBERS", help="drop_prob; default 0.1,0.3,0.5")
+    rows = parser.add_argument_group("rows of ops, measured or read from FILE; default: what --quick or --full takes")
+    for option, choices in (("--op", OPS), ("--activation", ACTIVATION_NAMES), ("--dtype", DTYPES)):
+        one_of = f"of {', '.join(choices)}"
+        rows.add_argument(option, type=list_of(choices), action="extend", metavar="NAMES", help=one_of)
+    rows.add_argument("--p", type=p_list, action="extend", metavar="NUMBERS", help="drop_prob")
+    rows.add_argument("--batch", type=positive, metavar="N", help="samples of every activation, when measured")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="under 3 minutes on 2 cores; the default on the CPU")
     size.add_argument("--full", action="store_true", help="full size on the CPU as well")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of ops and model; default: torch's")
+    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads of ops and model; default: torch's")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="draw the results into this folder")
     arguments = parser.parse_args()
@@ -57,23 +76,21 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"{arguments.what} takes no file to read; --json FILE names the one to write.")
     if arguments.what == "plot" and arguments.plot is None:
         parser.error("plot needs --plot DIR, the folder to draw into.")
-    if arguments.threads is not None and arguments.threads < 1:
-        parser.error(f"--threads must be at least 1, not {arguments.threads}.")
     return arguments
 
 
 def read(arguments: argparse.Namespace) -> dict:
-    """The results of a file, those of ops filtered by --dtype and --p."""
+    """The results of a file, those of ops filtered as the command line says."""
     try:
         results = json.loads(arguments.file.read_text())
         results["environment"]
+        results["ops"] = [
+            row
+            for row in results.get("ops", [])
+            if all(row[key] in (getattr(arguments, key) or [row[key]]) for key in FILTERS)
+        ]
     except (OSError, ValueError, KeyError) as error:
         sys.exit(f"{arguments.file} is not a result file of this benchmark ({type(error).__name__}: {error}).")
-    results["ops"] = [
-        row
-        for row in results.get("ops", [])
-        if row["dtype"] in (arguments.dtype or [row["dtype"]]) and row["p"] in (arguments.p or [row["p"]])
-    ]
     return results
 
 
@@ -96,10 +113,11 @@ def measure(arguments: argparse.Namespace) -> dict:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    dtypes = [getattr(torch, name) for name in dict.fromkeys(arguments.dtype or DTYPES)]
-    ps = list(dict.fromkeys(arguments.p or (0.1, 0.3, 0.5)))
+    # What the command line names is measured, quick or not.
+    dtypes = dict.fromkeys(arguments.dtype or (QUICK_DTYPES if quick else DTYPES))
+    ps = dict.fromkeys(arguments.p or (QUICK_DROP_PROBS if quick else DROP_PROBS))
     parts = list(PARTS if arguments.what == "all" else (arguments.what,))
-    for sentence in LEFT_OUT:
+    for sentence in LEFT_OUT.values():
         print(sentence)
     if LEFT_OUT and "model" in parts:
         parts.remove("model")
@@ -111,7 +129,16 @@ def measure(arguments: argparse.Namespace) -> dict:
     # Redrawn between the cases only: a thread that redraws would take a core from the two that are timed.
     with Progress(*columns, console=console, auto_refresh=False) as progress:
         if "ops" in parts:
-            results["ops"] = ops.run(device, dtypes, ps, quick, progress)
+            results["ops"] = ops.run(
+                device,
+                quick,
+                progress,
+                ops=list(dict.fromkeys(arguments.op or OPS)),
+                activations=arguments.activation or ACTIVATION_NAMES,
+                batch=arguments.batch,
+                dtypes=[getattr(torch, name) for name in dtypes],
+                ps=list(ps),
+            )
         if "overhead" in parts:
             results["overhead"] = overhead.run(device, quick, progress)
         if "model" in parts:
