@@ -123,7 +123,7 @@ def _gamma_gradient(x, residual, gamma, grad, drop_prob):
     return torch.autograd.grad(out, gamma, grad)[0]
 
 
-GAMMA_DIMS = {"last": (24, 101, 129), "channels": (24, 33, 20, 20), "channels_last": (24, 33, 20, 20)}
+GAMMA_DIMS = {"last": (24, 41, 67), "channels": (24, 33, 10, 10), "channels_last": (24, 33, 10, 10)}
 
 
 def _gamma_case(where, dtypes, device):

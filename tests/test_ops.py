@@ -171,7 +171,7 @@ def test_opcheck_drop_path_add(device, layout, dtypes, requires_grad):
     for tensor in (x, residual, gamma):
         if tensor is not None:
             tensor.requires_grad_(requires_grad)
-    for drop_prob, checks in ((0.0, ALL_CHECKS), (1.0, ALL_CHECKS), (0.5, ONE_RUN_CHECKS)):
+    for drop_prob, checks in ((1.0, ALL_CHECKS), (0.5, ONE_RUN_CHECKS)):
         args = (x, residual, gamma, drop_prob, True, True, None)
         torch.library.opcheck(OPS.drop_path_add.default, args, test_utils=checks)
 
