@@ -16,6 +16,21 @@ TOLERANCES = {
     torch.float64: {"rtol": 1e-12, "atol": 1e-12},
 }
 
+# What one kernel of drop_path_add serves: the dtypes of x, residual and gamma.
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+ADD_DTYPES = [
+    *((dtype, dtype, None) for dtype in DTYPES),
+    *((half, torch.float32, None) for half in HALF_DTYPES),
+]
+ADD_GAMMA_DTYPES = [
+    *((dtype, dtype, dtype) for dtype in DTYPES),
+    *((half, torch.float32, half) for half in HALF_DTYPES),
+    *((half, torch.float32, torch.float32) for half in HALF_DTYPES),
+    *((half, half, torch.float32) for half in HALF_DTYPES),
+]
+FUSED_ADD_DTYPES = ADD_DTYPES + ADD_GAMMA_DTYPES
+ALL_ADD_DTYPES = [(x, residual, gamma) for x in DTYPES for residual in DTYPES for gamma in (None, *DTYPES)]
+
 HAS_CUDA = _C.has_cuda  # of the build, not of the machine
 predicted_mask = _C.keep_mask  # (seed, offset, batch, drop_prob) -> bool[batch] on the CPU
 uses_fused_path = _C.uses_fused_path  # the routing predicate, (x) -> bool
@@ -28,6 +43,12 @@ else:
     NO_CUDA_REASON = None
 # CUDA is appended rather than skipped test by test: test_cuda.py alone reports, once, why there is none.
 DEVICES = ["cpu"] if NO_CUDA_REASON else ["cpu", "cuda"]
+
+
+def dtypes_id(dtypes):
+    """The name of a test's parameter that is a tuple of dtypes."""
+    return "-".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
 
 _INT_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -137,4 +158,108 @@ def checked(x, drop_prob=0.5, scale_by_keep=True, mode="row"):
     (grad_x,) = torch.autograd.grad(out, leaf, grad)
     scale = reference.keep_scale(drop_prob, scale_by_keep)
     assert_same_bits(grad_x, reference.apply_keep_mask(grad, keep, scale))
+    return out
+
+
+# --- drop_path_add ---
+
+
+def add_inputs(shape, dtypes, device="cpu", gamma_shape=None):
+    """x, residual and gamma (None without a dtype) with other numbers in each; gamma along the last dim by default."""
+    x_dtype, residual_dtype, gamma_dtype = dtypes
+    x = random_tensor(shape, x_dtype, device)
+    residual = random_tensor(shape, residual_dtype, device, seed=1)
+    if gamma_dtype is None:
+        return x, residual, None
+    return x, residual, random_tensor(shape[-1:] if gamma_shape is None else gamma_shape, gamma_dtype, device, seed=2)
+
+
+def add_dtype(x, residual, gamma=None):
+    """The dtype in which PyTorch computes residual + gamma * x."""
+    return (residual + (x if gamma is None else gamma * x)).dtype
+
+
+def along(dim, gamma, ndim):
+    """gamma [n] as a view that broadcasts along this dim of a tensor of so many dims."""
+    return gamma.view(-1, *[1] * (ndim - 1 - dim % ndim))
+
+
+def same_layout(x, dtype=None, seed=7):
+    """A tensor that lies in memory as x does, holding other numbers."""
+    numbers = random_tensor((x.untyped_storage().nbytes() // x.element_size(),), dtype or x.dtype, x.device, seed)
+    return numbers.as_strided(x.shape, x.stride(), x.storage_offset())
+
+
+def zero_dropped(values, keep):
+    """values with zeros, whatever is there, in the samples that keep (bool [B], or [1]) drops."""
+    values = values.clone()
+    values[~keep.expand(len(values))] = 0
+    return values
+
+
+def added_samples(out, residual):
+    """bool[B] read off an output: the samples that differ from the residual."""
+    return (out.detach() != residual.detach().to(out.dtype)).reshape(len(out), -1).any(1)
+
+
+def exact_add(x, residual, gamma, keep, scale):
+    """The formula in float64, and the sum of the magnitudes of its terms."""
+    branch = x.detach().double() * scale
+    if gamma is not None:
+        branch = branch * gamma.detach().double()
+    branch = zero_dropped(branch, keep)
+    residual = residual.detach().double()
+    return residual + branch, residual.abs() + branch.abs()
+
+
+def assert_rounded_once(actual, exact, magnitude):
+    """No error but half a unit in the last place of actual's dtype, and that of the few float32 steps before.
+
+    float64 is computed in float64. Terms of this magnitude may cancel: the steps before are relative to it.
+    """
+    dtype = torch.finfo(actual.dtype)
+    opmath = torch.finfo(torch.float64 if actual.dtype is torch.float64 else torch.float32)
+    bound = exact.abs() * (dtype.eps / 2) + magnitude * (4 * opmath.eps) + dtype.tiny * dtype.eps
+    excess = (actual.detach().double() - exact).abs() - bound
+    assert not excess.isnan().any()
+    assert (excess <= 0).all(), f"error {excess.max().item()} above the bound"
+
+
+def checked_add(x, residual, gamma=None, drop_prob=0.5, scale_by_keep=True, mode="row"):
+    """Run drop_path_add forward and backward on the tensors as they lie in memory, and hold everything to the formula.
+
+    Dropped samples of x and of the incoming gradient may hold anything. Returns the output.
+    """
+    inputs = [x, residual] if gamma is None else [x, residual, gamma]
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    before = [t.detach().clone() for t in inputs]
+    keep = predict_keep(x, drop_prob, mode) if drop_prob > 0 else torch.ones(1, dtype=torch.bool, device=x.device)
+    keep = keep.expand(len(x))
+    scale = reference.keep_scale(drop_prob, scale_by_keep)
+    out = droppath_ext.drop_path_add(
+        *leaves[:2], drop_prob, True, scale_by_keep, gamma=None if gamma is None else leaves[2], mode=mode
+    )
+    assert out.device == x.device
+    assert out.dtype == add_dtype(*before)
+    assert out.shape == x.shape
+    assert out.stride() == torch.empty_like(x).stride()
+    assert_rounded_once(out, *exact_add(x, residual, gamma, keep, scale))
+    assert_same_bits(out[~keep], residual[~keep].to(out.dtype))
+    for tensor, copy in zip(inputs, before, strict=True):
+        assert_same_bits(tensor, copy)
+
+    grad = torch.empty_like(out).copy_(random_tensor(x.shape, out.dtype, x.device, seed=3))
+    grads = torch.autograd.grad(out, leaves, grad)
+    for leaf, leaf_grad in zip(leaves, grads, strict=True):
+        assert (leaf_grad.dtype, leaf_grad.shape) == (leaf.dtype, leaf.shape)
+    exact = zero_dropped(grad.double() * scale * (1 if gamma is None else gamma.detach().double()), keep)
+    assert_rounded_once(grads[0], exact, exact.abs())
+    assert_positive_zero(grads[0][~keep])
+    if gamma is None:
+        opmath = torch.float64 if out.dtype is torch.float64 else torch.float32
+        assert_same_bits(grads[0], reference.apply_keep_mask(grad.to(opmath), keep, scale).to(x.dtype))
+    else:
+        terms = zero_dropped(grad, keep).double() * zero_dropped(x.detach(), keep).double() * scale
+        assert_rounded_once(grads[2], terms.sum_to_size(gamma.shape), terms.abs().sum_to_size(gamma.shape))
+    assert_same_bits(grads[1], grad.to(residual.dtype))
     return out

@@ -2,11 +2,26 @@
 
 import pytest
 import torch
-from conftest import DTYPES, assert_same_bits, expected_drop_path, predict_keep, random_tensor, seeded
+from conftest import (
+    ADD_GAMMA_DTYPES,
+    DTYPES,
+    FUSED_ADD_DTYPES,
+    add_inputs,
+    added_samples,
+    assert_rounded_once,
+    assert_same_bits,
+    dtypes_id,
+    exact_add,
+    expected_drop_path,
+    predict_keep,
+    random_tensor,
+    seeded,
+    zero_dropped,
+)
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from droppath_ext import drop_path, reference
+from droppath_ext import drop_path, drop_path_add, reference
 
 
 def _same_draw_each_time(device, **kwargs):
@@ -258,3 +273,401 @@ def test_the_op_refuses_what_it_cannot_differentiate(device):
     x = random_tensor((6, 4), device=device)
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="x carries a tangent"):
         torch.ops.droppath_ext.drop_path(forward_ad.make_dual(x, x), 0.5, True, True)
+
+
+# --- drop_path_add ---
+
+DOUBLES = (torch.float64,) * 3
+SUBSETS = [("x",), ("residual",), ("gamma",), ("x", "residual"), ("x", "gamma"), ("residual", "gamma")]
+SUBSETS += [("x", "residual", "gamma")]
+SUBSETS_WITHOUT_GAMMA = [subset for subset in SUBSETS if "gamma" not in subset]
+GAMMA_SHAPES = {"last": ((5, 3), (3,)), "channels": ((4, 2, 3, 2), (2, 1, 1)), "middle": ((4, 2, 3, 2), (1, 3, 1))}
+
+
+def _requiring(names, tensors):
+    """The tensors, of which those so named require a gradient."""
+    named = zip(("x", "residual", "gamma"), tensors, strict=True)
+    return [tensor if tensor is None else tensor.requires_grad_(name in names) for name, tensor in named]
+
+
+def _add_with_the_same_draw_each_time(device, drop_prob=0.5, seed=3, **kwargs):
+    def function(x, residual, gamma=None):
+        return drop_path_add(
+            x, residual, drop_prob, training=True, gamma=gamma, generator=seeded(device, seed), **kwargs
+        )
+
+    return function
+
+
+@pytest.mark.parametrize("requiring", SUBSETS, ids="-".join)
+@pytest.mark.parametrize("drop_prob", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("gamma_along", GAMMA_SHAPES)
+def test_add_gradcheck(device, requiring, drop_prob, gamma_along):
+    shape, gamma_shape = GAMMA_SHAPES[gamma_along]
+    inputs = _requiring(requiring, add_inputs(shape, DOUBLES, device, gamma_shape))
+    assert 0 < predict_keep(inputs[0], 0.5, generator=seeded(device, 3)).sum() < len(inputs[0])
+    function = _add_with_the_same_draw_each_time(device, drop_prob)
+    assert torch.autograd.gradcheck(function, inputs, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("requiring", SUBSETS_WITHOUT_GAMMA, ids="-".join)
+@pytest.mark.parametrize("drop_prob", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("shape", [(5, 3), (4, 2, 3, 2), (6,)])
+def test_add_gradcheck_without_gamma(device, requiring, drop_prob, shape):
+    inputs = _requiring(requiring, add_inputs(shape, (*DOUBLES[:2], None), device))[:2]
+    assert 0 < predict_keep(inputs[0], 0.5, generator=seeded(device, 3)).sum() < shape[0]
+    function = _add_with_the_same_draw_each_time(device, drop_prob)
+    assert torch.autograd.gradcheck(function, inputs, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("scale_by_keep", [True, False])
+@pytest.mark.parametrize("with_gamma", [True, False])
+def test_add_gradcheck_in_batch_mode(device, scale_by_keep, with_gamma):
+    x, residual, gamma = _requiring(SUBSETS[-1], add_inputs((4, 3), DOUBLES, device))
+    inputs = [x, residual, gamma] if with_gamma else [x, residual]
+    outcomes = set()
+    for seed in range(6):
+        outcomes.add(predict_keep(x, 0.5, "batch", seeded(device, seed)).item())
+        function = _add_with_the_same_draw_each_time(device, 0.5, seed, mode="batch", scale_by_keep=scale_by_keep)
+        assert torch.autograd.gradcheck(function, inputs)
+        assert torch.autograd.gradgradcheck(function, inputs)
+    assert outcomes == {True, False}
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "sequence_first"])
+@pytest.mark.parametrize("gamma_shape", [(2,), (3, 1, 1)])
+def test_add_gradcheck_of_other_layouts(device, layout, gamma_shape):
+    x, residual, gamma = add_inputs((4, 3, 2, 2), DOUBLES, device, gamma_shape)
+    if layout == "channels_last":
+        x = x.to(memory_format=torch.channels_last)
+    else:
+        x = x.transpose(0, 1).contiguous().transpose(0, 1)
+    inputs = _requiring(SUBSETS[-1], (x, residual, gamma))
+    assert torch.autograd.gradcheck(_add_with_the_same_draw_each_time(device), inputs)
+    assert torch.autograd.gradgradcheck(_add_with_the_same_draw_each_time(device), inputs)
+
+
+def test_add_double_backward_values(device):
+    """d/d(x, residual, gamma) of |gradients of the sum of squares|, written out."""
+    x, residual, gamma = _requiring(SUBSETS[-1], add_inputs((12, 3), DOUBLES, device))
+    keep = predict_keep(x, 0.5)
+    out = drop_path_add(x, residual, 0.5, training=True, gamma=gamma)
+    grads = torch.autograd.grad((out**2).sum(), (x, residual, gamma), create_graph=True)
+    actual = torch.autograd.grad(sum((grad**2).sum() for grad in grads), (x, residual, gamma))
+
+    def squares(x, residual, gamma):
+        out = residual + 2 * keep[:, None] * gamma * x
+        return (out**2).sum()
+
+    expected_grads = torch.autograd.grad(squares(x, residual, gamma), (x, residual, gamma), create_graph=True)
+    for grad, expected in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad, expected)
+    expected = torch.autograd.grad(sum((grad**2).sum() for grad in expected_grads), (x, residual, gamma))
+    for grad, same in zip(actual, expected, strict=True):
+        assert grad.abs().max() > 1
+        torch.testing.assert_close(grad, same)
+
+
+@pytest.mark.parametrize("dtypes", ADD_GAMMA_DTYPES, ids=dtypes_id)
+def test_add_double_backward_ignores_dropped_samples(device, dtypes):
+    """NaN and Inf in a dropped sample of x leak into no gradient of any order."""
+    x, residual, gamma = add_inputs((16, 3), dtypes, device)
+    keep = predict_keep(x, 0.5)
+    assert 0 < keep.sum() < 16
+    x[~keep] = float("nan")
+    x, residual, gamma = _requiring(SUBSETS[-1], (x, residual, gamma))
+    out = drop_path_add(x, residual, 0.5, training=True, gamma=gamma)
+    grad = torch.ones_like(out).requires_grad_()
+    grads = torch.autograd.grad(out, (x, residual, gamma), grad, create_graph=True)
+    for dtype, first in zip(dtypes, grads, strict=True):
+        assert first.dtype == dtype
+        assert first.isfinite().all()
+    total = sum(first.double().sum() for first in grads)
+    grad_x, grad_gamma, grad_grad = torch.autograd.grad(total, (x, gamma, grad))
+    assert (grad_x.dtype, grad_gamma.dtype, grad_grad.dtype) == (dtypes[0], dtypes[2], out.dtype)
+    for second in (grad_x, grad_gamma, grad_grad):
+        assert second.isfinite().all()
+    assert_same_bits(grad_x, zero_dropped(torch.full_like(x, 2.0).detach(), keep))
+    assert_same_bits(grad_gamma, torch.full_like(gamma, 2.0 * keep.sum()).detach())
+
+
+def test_add_gradient_through_a_network(device):
+    """sum() sends an expanded gradient; matmul before and add after make every input an inner node of the graph."""
+    weight = random_tensor((4, 6), device=device).requires_grad_()
+    scale = random_tensor((6,), device=device, seed=2).requires_grad_()
+    data = random_tensor((10, 4), device=device, seed=1)
+    keep = predict_keep(data, 0.5)
+    hidden = data @ weight
+    drop_path_add(hidden, hidden, 0.5, training=True, gamma=scale * 3).sum().backward()
+    factor = 1 + 6 * keep.float()[:, None] * scale.detach()
+    torch.testing.assert_close(weight.grad, data.t() @ factor)
+    torch.testing.assert_close(scale.grad, 6 * hidden.detach()[keep].sum(0))
+
+
+def test_add_two_backwards_use_the_same_mask(device):
+    x, residual, gamma = _requiring(SUBSETS[-1], add_inputs((40, 3), (torch.float32,) * 3, device))
+    out = drop_path_add(x, residual, 0.5, training=True, gamma=gamma)
+    grads = [torch.autograd.grad(out.sum(), (x, gamma), retain_graph=True) for _ in range(2)]
+    drop_path_add(x, residual, 0.5, training=True)  # moves the generator on, which the saved mask must not notice
+    grads.append(torch.autograd.grad(out.sum(), (x, gamma)))
+    for other in grads[1:]:
+        assert_same_bits(other[0], grads[0][0])
+        assert_same_bits(other[1], grads[0][1])
+
+
+@pytest.mark.parametrize("grad_mode", ["leaf", "no_grad", "inference_mode"])
+@pytest.mark.parametrize("drop_prob", [0.0, 0.5])
+def test_add_without_gradient(device, grad_mode, drop_prob):
+    context = {"leaf": torch.enable_grad, "no_grad": torch.no_grad, "inference_mode": torch.inference_mode}[grad_mode]
+    requiring = () if grad_mode == "leaf" else SUBSETS[-1]
+    x, residual, gamma = _requiring(requiring, add_inputs((16, 3), (torch.float32,) * 3, device))
+    keep = predict_keep(x, drop_prob) if drop_prob else torch.ones(1, dtype=torch.bool, device=device)
+    with context():
+        out = drop_path_add(x, residual, drop_prob, training=True, gamma=gamma)
+        assert not out.requires_grad
+        assert out.grad_fn is None
+    assert_rounded_once(out, *exact_add(x, residual, gamma, keep, 1 / (1 - drop_prob)))
+
+
+@pytest.mark.parametrize("requiring", SUBSETS, ids="-".join)
+def test_add_batched_gradients(device, requiring):
+    """is_grads_batched sends a vmapped gradient into the backward op."""
+    tensors = _requiring(requiring, add_inputs((6, 3), DOUBLES, device))
+    leaves = [tensor for tensor in tensors if tensor.requires_grad]
+    out = drop_path_add(*tensors[:2], 0.5, training=True, gamma=tensors[2])
+    grads = random_tensor((4, 6, 3), torch.float64, device, seed=3)
+    batched = torch.autograd.grad(out, leaves, grads, retain_graph=True, is_grads_batched=True)
+    for place, grad in enumerate(grads):
+        for actual, expected in zip(batched, torch.autograd.grad(out, leaves, grad, retain_graph=True), strict=True):
+            torch.testing.assert_close(actual[place], expected)
+
+
+# --- drop_path_add: forward mode and torch.func ---
+
+
+def _tangent_of_add(tensors, tangents, keep):
+    """The derivative of residual + 2 gamma x where kept, along these tangents (None: zero)."""
+    (x, _, gamma), (x_tangent, residual_tangent, gamma_tangent) = tensors, tangents
+    branch = torch.zeros_like(x)
+    if x_tangent is not None:
+        branch = branch + 2 * x_tangent * (1 if gamma is None else gamma)
+    if gamma_tangent is not None:
+        branch = branch + 2 * x * gamma_tangent
+    return zero_dropped(branch, keep) + (0 if residual_tangent is None else residual_tangent)
+
+
+def _tangents(names, tensors, device):
+    return [
+        random_tensor(tensor.shape, tensor.dtype, device, seed=10 + place) if name in names else None
+        for place, (name, tensor) in enumerate(zip(("x", "residual", "gamma"), tensors, strict=True))
+    ]
+
+
+@pytest.mark.parametrize("dual", SUBSETS, ids="-".join)
+@pytest.mark.parametrize("mode", ["row", "batch"])
+@pytest.mark.parametrize("api", ["forward_ad", "func.jvp"])
+def test_add_forward_mode(device, dual, mode, api):
+    """A tangent on any of the inputs, on one of them alone too, is carried on."""
+    tensors = add_inputs((32, 3), DOUBLES, device)
+    tangents = _tangents(dual, tensors, device)
+    for _ in range(4):
+        if api == "forward_ad":
+            with forward_ad.dual_level():
+                x, residual, gamma = (
+                    tensor if tangent is None else forward_ad.make_dual(tensor, tangent)
+                    for tensor, tangent in zip(tensors, tangents, strict=True)
+                )
+                out = drop_path_add(x, residual, 0.5, training=True, gamma=gamma, mode=mode)
+                out, out_tangent = forward_ad.unpack_dual(out)
+                assert out_tangent is not None
+        else:
+            places = [place for place, tangent in enumerate(tangents) if tangent is not None]
+
+            def function(*duals, places=places):
+                inputs = list(tensors)
+                for place, tensor in zip(places, duals, strict=True):
+                    inputs[place] = tensor
+                return drop_path_add(*inputs[:2], 0.5, training=True, gamma=inputs[2], mode=mode)
+
+            primals = tuple(tensors[place] for place in places)
+            out, out_tangent = torch.func.jvp(function, primals, tuple(tangents[place] for place in places))
+        keep = added_samples(out, tensors[1])
+        assert_rounded_once(out, *exact_add(*tensors, keep, 2.0))
+        torch.testing.assert_close(out_tangent, _tangent_of_add(tensors, tangents, keep))
+
+
+@pytest.mark.parametrize("requiring", SUBSETS_WITHOUT_GAMMA, ids="-".join)
+def test_add_forward_mode_without_gamma(device, requiring):
+    x, residual, _ = tensors = add_inputs((32, 3), (*DOUBLES[:2], None), device)
+    tangents = [*_tangents(requiring, add_inputs((32, 3), DOUBLES, device), device)[:2], None]
+    with forward_ad.dual_level():
+        x, residual = (
+            tensor if tangent is None else forward_ad.make_dual(tensor, tangent)
+            for tensor, tangent in zip((x, residual), tangents[:2], strict=True)
+        )
+        out, out_tangent = forward_ad.unpack_dual(drop_path_add(x, residual, 0.5, training=True))
+    keep = added_samples(out, tensors[1])
+    assert 0 < keep.sum() < 32
+    torch.testing.assert_close(out_tangent, _tangent_of_add(tensors, tangents, keep))
+
+
+@pytest.mark.parametrize("requiring", SUBSETS, ids="-".join)
+@pytest.mark.parametrize("gamma_along", GAMMA_SHAPES)
+def test_add_gradcheck_forward_over_reverse(device, requiring, gamma_along):
+    """Where nothing is dropped the two paths agree on the function, and so the numbers vouch for the tangents."""
+    shape, gamma_shape = GAMMA_SHAPES[gamma_along]
+    inputs = _requiring(requiring, add_inputs(shape, DOUBLES, device, gamma_shape))
+
+    def function(x, residual, gamma):
+        return drop_path_add(x, residual, gamma=gamma)
+
+    assert torch.autograd.gradcheck(function, inputs, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(function, inputs, check_fwd_over_rev=True)
+
+
+def test_add_forward_over_reverse(device):
+    """A graph that the kernels built meets a tangent only in its backward pass: it must not get lost there."""
+    x, residual, gamma = _requiring(SUBSETS[-1], add_inputs((6, 4), DOUBLES, device))
+    weight, tangent = (random_tensor((6, 4), torch.float64, device, seed=seed) for seed in (5, 6))
+    keep = predict_keep(x, 0.5)
+    assert 0 < keep.sum() < 6
+    with forward_ad.dual_level():
+        out = drop_path_add(x, residual, 0.5, training=True, gamma=gamma)
+        grads = torch.autograd.grad(out, (x, residual, gamma), forward_ad.make_dual(weight, tangent))
+        for place in (0, 1):
+            values = (weight, tangent)[place]
+            grad_x, grad_residual, grad_gamma = (forward_ad.unpack_dual(grad)[place] for grad in grads)
+            torch.testing.assert_close(grad_x, zero_dropped(2 * gamma.detach() * values, keep))
+            assert_same_bits(grad_residual, values)
+            torch.testing.assert_close(grad_gamma, zero_dropped(2 * x.detach() * values, keep).sum(0))
+
+
+def test_add_jvp_of_a_gradient(device):
+    x, residual, gamma = _requiring(SUBSETS[-1], add_inputs((6, 4), DOUBLES, device))
+    weight, tangent = (random_tensor((6, 4), torch.float64, device, seed=seed) for seed in (5, 6))
+    keep = predict_keep(x, 0.5)
+    out = drop_path_add(x, residual, 0.5, training=True, gamma=gamma)
+    _, (grad_x, grad_gamma) = torch.func.jvp(
+        lambda grad: torch.autograd.grad(out, (x, gamma), grad, retain_graph=True), (weight,), (tangent,)
+    )
+    torch.testing.assert_close(grad_x, zero_dropped(2 * gamma.detach() * tangent, keep))
+    torch.testing.assert_close(grad_gamma, zero_dropped(2 * x.detach() * tangent, keep).sum(0))
+
+
+def test_add_func_grad(device):
+    x, residual, gamma = add_inputs((32, 3), DOUBLES, device)
+
+    def loss(x, residual, gamma):
+        out = drop_path_add(x, residual, 0.5, training=True, gamma=gamma)
+        return (out**2).sum(), out
+
+    grads, out = torch.func.grad(loss, argnums=(0, 1, 2), has_aux=True)(x, residual, gamma)
+    keep = added_samples(out, residual)
+    assert 0 < keep.sum() < 32
+    torch.testing.assert_close(out, exact_add(x, residual, gamma, keep, 2.0)[0])
+    torch.testing.assert_close(grads[0], zero_dropped(4 * gamma * out, keep))
+    torch.testing.assert_close(grads[1], 2 * out)
+    torch.testing.assert_close(grads[2], zero_dropped(4 * x * out, keep).sum(0))
+
+
+def test_add_func_hessian_vector_product(device):
+    """Forward over reverse, both by transforms."""
+    x, residual, gamma = add_inputs((16, 3), DOUBLES, device)
+    v = random_tensor((16, 3), torch.float64, device, seed=5)
+
+    def grad_of_cube(t):
+        return torch.func.grad(lambda u: (drop_path_add(u, residual, 0.5, True, gamma=gamma) ** 3).sum())(t)
+
+    grad, product = torch.func.jvp(grad_of_cube, (x,), (v,))
+    keep = grad.ne(0).any(1)
+    assert 0 < keep.sum() < 16
+    out = residual + 2 * gamma * x
+    torch.testing.assert_close(grad, zero_dropped(6 * gamma * out**2, keep))
+    torch.testing.assert_close(product, zero_dropped(24 * gamma**2 * out * v, keep))
+
+
+@pytest.mark.parametrize("in_dims", [(0, 0, None), (0, None, None), (None, 0, None), (None, None, 0), (1, 0, 0)])
+def test_add_vmap_draws_a_mask_for_each_entry(device, in_dims):
+    """Whichever of the inputs is mapped over."""
+    full = add_inputs((50, 8, 3), DOUBLES, device, (50, 3))
+    inputs = [t[0] if dim is None else t.movedim(0, dim) for t, dim in zip(full, in_dims, strict=True)]
+
+    def function(x, residual, gamma):
+        return drop_path_add(x, residual, 0.5, training=True, gamma=gamma)
+
+    out = torch.func.vmap(function, in_dims=in_dims, randomness="different")(*inputs)
+    x, residual, gamma = (t[:1].expand_as(t) if dim is None else t for t, dim in zip(full, in_dims, strict=True))
+    keep = (out != residual).any(-1)
+    assert 120 < keep.sum() < 280
+    assert len({tuple(row) for row in keep.tolist()}) > 20
+    torch.testing.assert_close(out, residual + torch.where(keep[..., None], 2 * gamma[:, None] * x, 0.0))
+
+
+def test_add_vmap_with_one_mask_for_all(device):
+    x, residual, gamma = add_inputs((5, 64, 3), DOUBLES, device)
+    out = torch.func.vmap(lambda t, r: drop_path_add(t, r, 0.5, training=True, gamma=gamma), randomness="same")(
+        x, residual
+    )
+    keep = (out != residual).any(-1)
+    assert 0 < keep[0].sum() < 64
+    assert keep.eq(keep[0]).all()
+    torch.testing.assert_close(out, residual + torch.where(keep[..., None], 2 * gamma * x, 0.0))
+
+
+def test_add_vmap_where_nothing_is_dropped(device):
+    """No draw, so the default randomness="error" has nothing to object to."""
+    x, residual, gamma = add_inputs((5, 6, 3), DOUBLES, device)
+    out = torch.func.vmap(lambda t, r: drop_path_add(t, r, 0.5, gamma=gamma))(x, residual)
+    torch.testing.assert_close(out, residual + gamma * x)
+
+
+def test_add_vmap_of_grad(device):
+    """Per-sample gradients of gamma: the usual composition of torch.func."""
+    x, residual, gamma = add_inputs((64, 4, 3), (torch.float32,) * 3, device)
+
+    def loss(weight, t, r):
+        return drop_path_add(t, r, 0.5, training=True, gamma=weight).sum()
+
+    grads = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0), randomness="different")(gamma, x, residual)
+    # Each of the four rows of an entry is kept or not: the gradient is one of the 16 sums of rows, times 2.
+    choices = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 4).to(device)
+    sums = 2 * torch.einsum("ck,nkf->ncf", choices, x)
+    distance = (sums - grads[:, None]).abs().amax(-1)
+    assert (distance.amin(1) < 1e-4).all()
+    assert len(distance.argmin(1).unique()) > 8
+
+
+# --- drop_path_add: activation checkpointing, the op itself ---
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("mode", ["row", "batch"])
+@pytest.mark.parametrize("dtypes", [t for t in FUSED_ADD_DTYPES if t[0] in (t[1], torch.bfloat16)], ids=dtypes_id)
+def test_add_checkpointing_recomputes_the_same_mask(device, use_reentrant, mode, dtypes):
+    data, shortcut, gamma = add_inputs((64, 5), dtypes, device)
+
+    def block(x, residual, weight=None):
+        out = drop_path_add(torch.tanh(x), residual, 0.5, training=True, gamma=weight, mode=mode)
+        return drop_path_add(torch.tanh(out).to(x.dtype), residual, 0.5, training=True, gamma=weight, mode=mode)
+
+    def run(wrap):
+        torch.manual_seed(11)
+        leaves = [t.clone().requires_grad_() for t in (data, shortcut, gamma) if t is not None]
+        out = wrap(*leaves)
+        drop_path(data, 0.5, training=True)  # the recomputation must not see where the generator is by then
+        (out.float() ** 2).sum().backward()
+        return [out, *(leaf.grad for leaf in leaves)]
+
+    checkpointed = run(lambda *leaves: checkpoint(block, *leaves, use_reentrant=use_reentrant))
+    for actual, expected in zip(checkpointed, run(block), strict=True):
+        assert_same_bits(actual, expected)
+
+
+@pytest.mark.parametrize("dual", ["x", "residual", "gamma"])
+def test_the_add_op_refuses_what_it_cannot_differentiate(device, dual):
+    tensors = dict(zip(("x", "residual", "gamma"), add_inputs((6, 4), (torch.float32,) * 3, device), strict=True))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="carries a tangent"):
+        tensors[dual] = forward_ad.make_dual(tensors[dual], tensors[dual])
+        torch.ops.droppath_ext.drop_path_add(*tensors.values(), 0.5, True, True)

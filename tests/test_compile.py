@@ -1,11 +1,23 @@
-"""Promise: torch.compile and torch.export take drop_path whole, and stay random."""
+"""Promise: torch.compile and torch.export take drop_path and drop_path_add whole, and stay random."""
 
 import pytest
 import torch
-from conftest import TOLERANCES, assert_positive_zero, kept_samples, random_tensor
+from conftest import (
+    TOLERANCES,
+    add_dtype,
+    add_inputs,
+    added_samples,
+    assert_positive_zero,
+    assert_same_bits,
+    dtypes_id,
+    exact_add,
+    kept_samples,
+    random_tensor,
+    zero_dropped,
+)
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from droppath_ext import DropPath, drop_path
+from droppath_ext import DropPath, DropPathAdd, drop_path, drop_path_add
 
 # Inductor is what users get; the partitioner alone (no C++ compiler) is where duplicate random ops were merged.
 BACKENDS = ["inductor", "aot_eager_decomp_partition"]
@@ -147,3 +159,158 @@ def test_errors_survive_compilation(device):
     compiled = torch.compile(lambda t: drop_path(t, 1.5, True), backend="eager")
     with pytest.raises(Exception, match=r"drop_prob.*1\.5"):
         compiled(torch.ones(2, 2, device=device))
+
+
+# --- drop_path_add ---
+
+FLOATS = (torch.float32,) * 3
+ADD_DTYPES = [
+    FLOATS,
+    (torch.float32, torch.float32, None),
+    (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+    (torch.bfloat16, torch.float32, None),
+    (torch.float16, torch.float16, torch.float32),
+]
+
+
+def _assert_add(out, grads, inputs, grad, keep, scale):
+    """Output and gradients by the formula, as near as Inductor's own rounding comes."""
+    x, residual, gamma = (None if t is None else t.detach() for t in inputs)
+    tolerance = TOLERANCES[out.dtype]
+    assert out.dtype == add_dtype(x, residual, gamma)
+    torch.testing.assert_close(out.double(), exact_add(x, residual, gamma, keep, scale)[0], **tolerance)
+    assert_same_bits(out[~keep].detach(), residual[~keep].to(out.dtype))
+    grad_x = zero_dropped(grad.double() * scale * (1 if gamma is None else gamma.double()), keep)
+    torch.testing.assert_close(grads[0].double(), grad_x, **TOLERANCES[x.dtype])
+    assert_same_bits(grads[1], grad.to(residual.dtype))
+    if gamma is not None:
+        terms = zero_dropped(grad.double() * x.double() * scale, keep)
+        error = (grads[2].double() - terms.sum_to_size(gamma.shape)).abs()
+        assert (error <= terms.abs().sum_to_size(gamma.shape) * TOLERANCES[gamma.dtype]["rtol"]).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtypes", ADD_DTYPES, ids=dtypes_id)
+def test_add_fullgraph_forward_and_backward(device, backend, dtypes):
+    inputs = add_inputs((64, 9), dtypes, device)
+    leaves = [t.requires_grad_() for t in inputs if t is not None]
+    compiled = torch.compile(
+        lambda x, residual, gamma=None: drop_path_add(x, residual, 0.5, True, gamma=gamma),
+        fullgraph=True,
+        backend=backend,
+    )
+    masks = set()
+    for _ in range(3):
+        out = compiled(*leaves)
+        keep = added_samples(out, inputs[1])
+        masks.add(tuple(keep.tolist()))
+        grad = random_tensor(out.shape, out.dtype, device, seed=3)
+        _assert_add(out, torch.autograd.grad(out, leaves, grad), inputs, grad, keep, 2.0)
+    assert len(masks) == 3
+    assert all(10 < sum(mask) < 54 for mask in masks)
+
+
+@pytest.mark.parametrize("mode", ["row", "batch"])
+@pytest.mark.parametrize("scale_by_keep", [True, False])
+@pytest.mark.parametrize("dim", [None, 4])
+def test_add_fullgraph_module(device, mode, scale_by_keep, dim):
+    """In training it draws anew each time; in eval it adds, whatever was compiled before."""
+    module = DropPathAdd(0.3, scale_by_keep, mode, dim, None if dim is None else 0.5).to(device)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager_decomp_partition")
+    x, residual, _ = add_inputs((200, 4), FLOATS, device)
+    inputs = [x.requires_grad_(), residual.requires_grad_(), module.gamma]
+    leaves = [t for t in inputs if t is not None]
+    scale = 1 / 0.7 if scale_by_keep else 1.0
+    grad = random_tensor((200, 4), device=device, seed=3)
+    shares = set()
+    for _ in range(12):
+        out = compiled(x, residual)
+        keep = added_samples(out, residual)
+        shares.add(keep.float().mean().item())
+        _assert_add(out, torch.autograd.grad(out, leaves, grad), inputs, grad, keep, scale)
+    assert shares == {0.0, 1.0} if mode == "batch" else all(0.5 < share < 0.9 for share in shares)
+    module.eval()
+    torch.testing.assert_close(compiled(x, residual), residual + (x if dim is None else 0.5 * x))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_add_two_calls_on_one_tensor_draw_twice(device, backend):
+    """Common-subexpression elimination merges opaque random ops in compiled training (torch 2.11 and 2.13)."""
+
+    def both(x, residual):
+        return drop_path_add(x, residual, 0.5, True), drop_path_add(x, residual, 0.5, True)
+
+    x, residual = torch.ones(512, 2, device=device, requires_grad=True), torch.zeros(512, 2, device=device)
+    outs = torch.compile(both, fullgraph=True, backend=backend)(x, residual)
+    first, second = (kept_samples(out) for out in outs)
+    assert 180 < (first != second).sum() < 332, "two calls on the same tensor must draw two masks"
+    (grad,) = torch.autograd.grad(sum(out.sum() for out in outs), x)
+    torch.testing.assert_close(grad[:, 0], 2.0 * first + 2.0 * second)
+
+
+def test_add_manual_seed_reproduces_under_compile(device):
+    compiled = torch.compile(lambda x, residual: drop_path_add(x, residual, 0.5, True), fullgraph=True)
+    x, residual, _ = add_inputs((500, 2), FLOATS, device)
+    masks = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        masks.append(added_samples(compiled(x, residual), residual))
+    assert torch.equal(masks[0], masks[1])
+    assert not torch.equal(masks[0], masks[2])
+
+
+def test_add_dynamic_batch_does_not_recompile(device):
+    counter = CompileCounterWithBackend("aot_eager")
+    module = DropPathAdd(0.5, dim=5, init_values=0.5).to(device)
+    compiled = torch.compile(module, fullgraph=True, backend=counter, dynamic=True)
+    frames = []
+    for batch in (64, 100, 37):
+        x, residual, _ = add_inputs((batch, 5), FLOATS, device)
+        out = compiled(x.requires_grad_(), residual)
+        keep = added_samples(out, residual)
+        assert 0 < keep.sum() < batch
+        torch.testing.assert_close(
+            out.double(), exact_add(x, residual, module.gamma, keep, 2.0)[0], rtol=1e-5, atol=1e-5
+        )
+        frames.append(counter.frame_count)
+    assert frames == frames[:1] * 3
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_add_export(device, strict):
+    """An exported training graph keeps drawing, for any batch size; an exported eval graph adds."""
+
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(3, 3)
+            self.add = DropPathAdd(0.5, dim=3, init_values=0.5)
+
+        def forward(self, x):
+            return self.add(self.linear(x), x)
+
+    block = Block().to(device)
+    batch = torch.export.Dim("batch", min=2, max=1024)
+    args, shapes = (random_tensor((8, 3), device=device),), ({0: batch},)
+    trained = torch.export.export(block.train(), args, dynamic_shapes=shapes, strict=strict).module()
+    x = random_tensor((300, 3), device=device, seed=1)
+    masks = []
+    for _ in range(2):
+        out = trained(x)
+        masks.append(added_samples(out, x))
+        expected, _ = exact_add(block.linear(x), x, block.add.gamma, masks[-1], 2.0)
+        torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    assert 80 < (masks[0] != masks[1]).sum() < 220
+    evaluated = torch.export.export(block.eval(), args, dynamic_shapes=shapes, strict=strict).module()
+    torch.testing.assert_close(evaluated(x), x + 0.5 * block.linear(x))
+
+
+@pytest.mark.parametrize(
+    ("residual_shape", "gamma_shape", "message"),
+    [((1, 2), None, r"residual.*\[1, 2\].*expand"), ((2, 2), (3,), r"gamma.*\[3\]")],
+)
+def test_add_errors_survive_compilation(device, residual_shape, gamma_shape, message):
+    gamma = None if gamma_shape is None else torch.ones(gamma_shape, device=device)
+    compiled = torch.compile(lambda x, residual: drop_path_add(x, residual, 0.5, True, gamma=gamma), backend="eager")
+    with pytest.raises(Exception, match=message):
+        compiled(torch.ones(2, 2, device=device), torch.ones(residual_shape, device=device))

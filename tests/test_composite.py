@@ -7,20 +7,31 @@ import warnings
 import pytest
 import torch
 from conftest import (
+    ADD_GAMMA_DTYPES,
+    ALL_ADD_DTYPES,
     DTYPES,
+    FUSED_ADD_DTYPES,
     HAS_CUDA,
+    add_dtype,
+    add_inputs,
+    added_samples,
     assert_positive_zero,
+    assert_rounded_once,
     assert_same_bits,
+    dtypes_id,
+    exact_add,
     formula,
     kept_samples,
     random_tensor,
+    same_layout,
     seeded,
     uses_fused_path,
+    zero_dropped,
 )
 from test_layouts import LAYOUTS
 from torch.autograd import forward_ad
 
-from droppath_ext import DropPath, drop_path, reference
+from droppath_ext import DropPath, DropPathAdd, drop_path, drop_path_add, reference
 
 
 class Tagged(torch.Tensor):
@@ -261,3 +272,305 @@ def test_module_in_a_subclass_model(device):
     out = DropPath(1.0)(random_tensor((3, 2), device=device).as_subclass(Tagged))
     assert type(out) is Tagged
     assert_positive_zero(out.as_subclass(torch.Tensor))
+
+
+# --- drop_path_add: routing ---
+
+FLOATS = (torch.float32,) * 3
+OTHER_ADD_DTYPES = [dtypes for dtypes in ALL_ADD_DTYPES if dtypes not in FUSED_ADD_DTYPES]
+
+
+def _ops_of(function):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        result = function()
+    return result, {event.name for event in profile.events()}
+
+
+@pytest.mark.parametrize("dtypes", ALL_ADD_DTYPES, ids=dtypes_id)
+def test_add_route_of_each_mixture_of_dtypes(device, dtypes):
+    """The usual mixtures have a kernel; no other does, and no other casts its inputs to one that has."""
+    x, residual, gamma = add_inputs((4, 3), dtypes, device)
+    _, names = _ops_of(lambda: drop_path_add(x, residual, 0.5, training=True, gamma=gamma))
+    assert ("droppath_ext::drop_path_add" in names) == (dtypes in FUSED_ADD_DTYPES)
+    assert ("aten::bernoulli_" in names or "aten::bernoulli" in names) == (dtypes not in FUSED_ADD_DTYPES)
+
+
+@pytest.mark.parametrize("with_gamma", [True, False])
+@pytest.mark.parametrize(("drop_prob", "training"), [(0.0, True), (0.5, False)])
+def test_add_takes_the_fused_path_in_eval(device, with_gamma, drop_prob, training):
+    x, residual, gamma = add_inputs((4, 3), FLOATS if with_gamma else (*FLOATS[:2], None), device)
+    _, names = _ops_of(lambda: drop_path_add(x, residual, drop_prob, training, gamma=gamma))
+    assert "droppath_ext::drop_path_add" in names
+    assert not {"aten::mul", "aten::add", "aten::where"} & names
+
+
+@pytest.mark.parametrize("which", ["x", "residual", "gamma"])
+@pytest.mark.parametrize("mode", ["row", "batch"])
+def test_add_with_one_subclass(device, which, mode):
+    """A subclass anywhere among the inputs is honoured: its torch functions run, and return it."""
+    tensors = dict(zip(("x", "residual", "gamma"), add_inputs((40, 3), FLOATS, device), strict=True))
+    for tensor in tensors.values():
+        tensor.requires_grad_()
+    mixed = tensors | {which: tensors[which].detach().as_subclass(Tagged).requires_grad_()}
+    for _ in range(3):
+        out, names = _ops_of(
+            lambda: drop_path_add(mixed["x"], mixed["residual"], 0.5, True, gamma=mixed["gamma"], mode=mode)
+        )
+        assert type(out) is Tagged
+        assert "droppath_ext::drop_path_add" not in names
+        plain = out.detach().as_subclass(torch.Tensor)
+        keep = added_samples(plain, tensors["residual"])
+        assert_rounded_once(plain, *exact_add(*tensors.values(), keep, 2.0))
+        grads = torch.autograd.grad(out.sum(), list(mixed.values()))
+        grad_x, grad_residual, grad_gamma = (grad.as_subclass(torch.Tensor) for grad in grads)
+        gamma = tensors["gamma"].detach()
+        torch.testing.assert_close(grad_x, zero_dropped(2 * gamma.expand(40, 3), keep))
+        assert_same_bits(grad_residual, torch.ones(40, 3, device=device))
+        torch.testing.assert_close(grad_gamma, zero_dropped(2 * tensors["x"].detach(), keep).sum(0))
+
+
+@pytest.mark.parametrize("which", ["x", "residual", "gamma"])
+@pytest.mark.parametrize("transform", ["vmap", "grad", "jvp", "functionalize"])
+def test_add_transforms_take_the_composite_path(device, which, transform):
+    """Inside a transform even plain tensors do, and one input that it wraps suffices."""
+    tensors = dict(zip(("x", "residual", "gamma"), add_inputs((4, 3), FLOATS, device), strict=True))
+
+    def function(wrapped):
+        mixed = tensors | {which: wrapped}
+        return drop_path_add(mixed["x"], mixed["residual"], gamma=mixed["gamma"]).sum()
+
+    t = tensors[which]
+    runs = {
+        "vmap": lambda: torch.func.vmap(function)(t[None]),
+        "grad": lambda: torch.func.grad(function)(t),
+        "jvp": lambda: torch.func.jvp(function, (t,), (t,)),
+        "functionalize": lambda: torch.func.functionalize(function)(t),
+    }
+    _, names = _ops_of(runs[transform])
+    assert "droppath_ext::drop_path_add" not in names
+    assert "aten::add" in names
+
+
+def test_add_compiled_graphs_hold_the_composite():
+    """Inductor fuses ATen ops into their neighbours; an opaque op it could not."""
+    targets = []
+
+    def backend(graph, _):
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    torch._dynamo.reset()
+    x, residual, gamma = add_inputs((64, 3), FLOATS)
+    compiled = torch.compile(
+        lambda x, residual, gamma: drop_path_add(x, residual, 0.5, True, gamma=gamma), backend=backend, fullgraph=True
+    )
+    out = compiled(x, residual, gamma)
+    assert_rounded_once(out, *exact_add(x, residual, gamma, added_samples(out, residual), 2.0))
+    assert targets
+    assert not any("droppath_ext" in target for target in targets)
+
+
+@pytest.mark.skipif(
+    HAS_CUDA or not torch.cuda.is_available(), reason="needs a GPU and an extension that was built without CUDA"
+)
+def test_add_without_cuda_warns_and_still_works():
+    x, residual, gamma = add_inputs((64, 3), FLOATS, "cuda")
+    code = (
+        "import torch, droppath_ext as d; x = torch.ones(9, device='cuda'); "
+        "[d.drop_path_add(x, x, 0.5, True) for _ in '123']"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
+    assert result.stderr.count("without CUDA") == 1, "one warning per process"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        out = drop_path_add(x, residual, 0.5, training=True, gamma=gamma)
+    assert_rounded_once(out, *exact_add(x, residual, gamma, added_samples(out, residual), 2.0))
+
+
+# --- drop_path_add: what takes the composite gets the right answer ---
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
+@pytest.mark.parametrize("dtypes", FUSED_ADD_DTYPES, ids=dtypes_id)
+@pytest.mark.parametrize("drop_prob", [0.0, 0.5])
+def test_add_meta_device(layout, dtypes, drop_prob):
+    x, residual, gamma = add_inputs((4, 3, 6, 5), dtypes, gamma_shape=(3, 1, 1))
+    make = {
+        "contiguous": lambda t: t,
+        "channels_last": lambda t: t.to(memory_format=torch.channels_last),
+        "transposed": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
+    }[layout]
+    x, residual = make(x).to("meta"), residual.to("meta")
+    gamma = None if gamma is None else gamma.to("meta")
+    for mode in ("row", "batch"):
+        out = drop_path_add(x, residual, drop_prob, training=True, gamma=gamma, mode=mode)
+        assert (out.device.type, out.shape) == ("meta", x.shape)
+        assert out.dtype == add_dtype(x, residual, gamma)
+        assert out.stride() == x.stride()
+
+
+def test_add_fake_tensors():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        x = torch.empty(8, 4, 2, 2, dtype=torch.float16).to(memory_format=torch.channels_last).requires_grad_()
+        residual = torch.empty(8, 4, 2, 2).requires_grad_()
+        gamma = torch.empty(4, 1, 1, requires_grad=True)
+        out = drop_path_add(x, residual, 0.5, training=True, gamma=gamma)
+        out.sum().backward()
+        assert (out.shape, out.stride(), out.dtype) == (x.shape, x.stride(), torch.float32)
+        for tensor in (x, residual, gamma):
+            assert (tensor.grad.shape, tensor.grad.dtype) == (tensor.shape, tensor.dtype)
+
+
+@pytest.mark.parametrize("mode", ["row", "batch"])
+@pytest.mark.parametrize("with_gamma", [True, False])
+def test_add_jagged_nested_tensors(device, mode, with_gamma):
+    """Sequences of different lengths: dim 0 is still the sample."""
+    lengths = [1 + i % 5 for i in range(40)]
+    parts = [random_tensor((n, 3), device=device, seed=i) for i, n in enumerate(lengths)]
+    x = torch.nested.nested_tensor(parts, layout=torch.jagged).requires_grad_()
+    residual = (x.detach() * -0.7).requires_grad_()
+    gamma = random_tensor((3,), device=device, seed=99).requires_grad_() if with_gamma else None
+    weight = torch.ones(3, device=device) if gamma is None else gamma.detach()
+    shares = set()
+    for _ in range(6):
+        out = drop_path_add(x, residual, 0.5, training=True, gamma=gamma, mode=mode)
+        assert out.is_nested
+        keep = []
+        for part, row in zip(parts, out.detach().unbind(), strict=True):
+            keep.append(not torch.equal(row, part * -0.7))
+            torch.testing.assert_close(row, part * -0.7 + 2 * keep[-1] * weight * part)
+        shares.add(sum(keep) / 40)
+        leaves = [x, residual] if gamma is None else [x, residual, gamma]
+        grad_x, grad_residual, *grad_gamma = torch.autograd.grad(out.values().sum(), leaves)
+        expected = [2.0 * kept * weight.expand(n, 3) for n, kept in zip(lengths, keep, strict=True)]
+        torch.testing.assert_close(grad_x.values(), torch.cat(expected))
+        assert_same_bits(grad_residual.values(), torch.ones(sum(lengths), 3, device=device))
+        for actual in grad_gamma:
+            rows = [2.0 * kept * part for part, kept in zip(parts, keep, strict=True)]
+            torch.testing.assert_close(actual, torch.cat(rows).sum(0))
+    assert shares == {0.0, 1.0} if mode == "batch" else all(0.2 < share < 0.8 for share in shares)
+
+
+# --- the composite of drop_path_add itself obeys the table ---
+
+
+def _composite_add(x, residual, gamma, drop_prob=0.5, scale_by_keep=True, mode="row", generator=None):
+    return reference.drop_path_add(x, residual, drop_prob, scale_by_keep, gamma, mode, generator)
+
+
+@pytest.mark.parametrize("dtypes", ALL_ADD_DTYPES, ids=dtypes_id)
+@pytest.mark.parametrize("mode", ["row", "batch"])
+def test_composite_add_formula(device, dtypes, mode):
+    """Forward and backward, for every mixture of dtypes."""
+    inputs = add_inputs((40, 3, 4, 2), dtypes, device, (3, 1, 1))
+    x, residual, gamma = inputs = (inputs[0].to(memory_format=torch.channels_last), *inputs[1:])
+    leaves = [t.requires_grad_() for t in inputs if t is not None]
+    for scale_by_keep in (True, False):
+        scale = reference.keep_scale(0.3, scale_by_keep)
+        for seed in range(3):
+            keep = reference.draw_keep_mask(x, 0.3, mode, seeded(device, seed)).expand(40)
+            out = _composite_add(*inputs, 0.3, scale_by_keep, mode, seeded(device, seed))
+            assert out.dtype == add_dtype(*(t for t in (x.detach(), residual.detach(), gamma)))
+            assert out.stride() == x.stride()
+            assert_rounded_once(out, *exact_add(x, residual, gamma, keep, scale))
+            assert_same_bits(out[~keep].detach(), residual[~keep].detach().to(out.dtype))
+            grad = random_tensor(out.shape, out.dtype, device, seed=3)
+            grad_x, grad_residual, *grad_gamma = torch.autograd.grad(out, leaves, grad)
+            exact = zero_dropped(grad.double() * scale * (1 if gamma is None else gamma.detach().double()), keep)
+            assert_rounded_once(grad_x, exact, exact.abs())
+            assert_positive_zero(grad_x[~keep])
+            assert_same_bits(grad_residual, grad.to(residual.dtype))
+            for actual in grad_gamma:
+                terms = zero_dropped(grad.double() * x.detach().double() * scale, keep)
+                assert_rounded_once(
+                    actual, terms.sum((0, 2, 3)).view(3, 1, 1), terms.abs().sum((0, 2, 3)).view(3, 1, 1)
+                )
+
+
+@pytest.mark.parametrize("dtypes", ALL_ADD_DTYPES, ids=dtypes_id)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_composite_add_never_lets_dropped_samples_through(device, dtypes, value):
+    """NaN and Inf there, in x and in the incoming gradient, spoil no other output and no gradient of x or gamma."""
+    inputs = add_inputs((30, 5), dtypes, device)
+    x, residual, gamma = inputs
+    keep = reference.draw_keep_mask(x, 0.5, "row", seeded(device, 1))
+    assert 0 < keep.sum() < 30
+    x[~keep] = value
+    leaves = [t.requires_grad_() for t in inputs if t is not None]
+    out = _composite_add(*inputs, generator=seeded(device, 1))
+    assert out.isfinite().all()
+    grad = torch.ones_like(out)
+    grad[~keep] = value
+    grad_x, _, *grad_gamma = torch.autograd.grad(out, leaves, grad)
+    assert_positive_zero(grad_x[~keep])
+    for finite in (grad_x, *grad_gamma):
+        assert finite.isfinite().all()
+
+
+@pytest.mark.parametrize("dtypes", ADD_GAMMA_DTYPES, ids=dtypes_id)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.0])
+def test_composite_add_drop_prob_one(device, dtypes, value):
+    """The residual bit for bit, -0.0 included, whatever x, gamma and the incoming gradient hold."""
+    x, residual, gamma = (t.requires_grad_() for t in add_inputs((9, 5), dtypes, device))
+    with torch.no_grad():
+        residual[::2] = -0.0
+        for tensor in (x, gamma):
+            tensor.fill_(value)
+    for scale_by_keep in (True, False):
+        out = _composite_add(x, residual, gamma, 1.0, scale_by_keep)
+        assert_same_bits(out.detach(), residual.detach().to(out.dtype))
+        grad_x, grad_gamma = torch.autograd.grad(out, (x, gamma), torch.full_like(out, -float("inf")))
+        assert_positive_zero(grad_x)
+        assert_positive_zero(grad_gamma)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_composite_add_layouts(device, layout):
+    x = LAYOUTS[layout](device, torch.float32)
+    residual = same_layout(x)
+    gamma = None if x.dim() == 1 else random_tensor(x.shape[-1:], device=device, seed=2)
+    keep = reference.draw_keep_mask(x, 0.5, "row", seeded(device, 1))
+    out = _composite_add(x, residual, gamma, generator=seeded(device, 1))
+    assert_rounded_once(out, *exact_add(x, residual, gamma, keep, 2.0))
+    if x.numel() and torch.empty_like(x).stride() == x.stride():
+        strides = zip(x.shape, out.stride(), x.stride(), strict=True)
+        assert all(actual == expected for size, actual, expected in strides if size > 1)
+
+
+@pytest.mark.parametrize("requiring", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1), (1, 1, 1)])
+@pytest.mark.parametrize("drop_prob", [0.0, 0.5])
+def test_composite_add_gradcheck(device, requiring, drop_prob):
+    tensors = add_inputs((5, 3), (torch.float64,) * 3, device)
+    inputs = [t.requires_grad_(bool(r)) for t, r in zip(tensors, requiring, strict=True)]
+
+    def function(x, residual, gamma):
+        return _composite_add(x, residual, gamma, drop_prob, generator=seeded(device, 3))
+
+    assert torch.autograd.gradcheck(function, inputs, check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(function, inputs, check_fwd_over_rev=True, check_rev_over_rev=True)
+
+
+@pytest.mark.parametrize("dtypes", OTHER_ADD_DTYPES, ids=dtypes_id)
+def test_add_gradcheck_like_gradients_of_other_mixtures(device, dtypes):
+    """Gradients come in the dtypes of the inputs, through the public function too."""
+    inputs = add_inputs((40, 5), dtypes, device)
+    x, residual, gamma = inputs
+    leaves = [t.requires_grad_() for t in inputs if t is not None]
+    out = drop_path_add(x, residual, 0.5, training=True, gamma=gamma)
+    keep = added_samples(out, residual)
+    grads = torch.autograd.grad(out, leaves, torch.ones_like(out))
+    for leaf, grad in zip(leaves, grads, strict=True):
+        assert (grad.dtype, grad.shape) == (leaf.dtype, leaf.shape)
+    exact = zero_dropped((2.0 * (torch.ones_like(x) if gamma is None else gamma.expand(40, 5))).double().detach(), keep)
+    assert_rounded_once(grads[0], exact, exact.abs())
+
+
+def test_add_module_in_a_subclass_model(device):
+    """A module call takes the same route as the function."""
+    x, residual, _ = add_inputs((3, 2), FLOATS, device)
+    module = DropPathAdd(1.0, dim=2, init_values=0.5).to(device)
+    out = module(x.as_subclass(Tagged), residual)
+    assert type(out) is Tagged
+    assert_same_bits(out.detach().as_subclass(torch.Tensor), residual)

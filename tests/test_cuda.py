@@ -2,9 +2,25 @@
 
 import pytest
 import torch
-from conftest import DTYPES, NO_CUDA_REASON, assert_same_bits, checked, kept_samples, predict_keep, random_tensor
+from conftest import (
+    DTYPES,
+    FUSED_ADD_DTYPES,
+    NO_CUDA_REASON,
+    add_inputs,
+    added_samples,
+    assert_rounded_once,
+    assert_same_bits,
+    checked,
+    checked_add,
+    dtypes_id,
+    exact_add,
+    kept_samples,
+    predict_keep,
+    random_tensor,
+    zero_dropped,
+)
 
-from droppath_ext import DropPath, drop_path
+from droppath_ext import DropPath, DropPathAdd, drop_path, drop_path_add
 
 if NO_CUDA_REASON:
     pytest.skip(f"every test on a GPU is left out: {NO_CUDA_REASON}", allow_module_level=True)
@@ -225,3 +241,145 @@ def test_more_than_2_to_the_31_elements_strided():
     out = drop_path(x, 0.5, training=True)
     for sample, kept in zip(out, keep.tolist(), strict=True):
         assert sample.eq(2.0 * kept).all()
+
+
+# --- drop_path_add ---
+
+FLOATS = (torch.float32,) * 3
+
+
+@pytest.mark.memcheck
+@pytest.mark.parametrize("dtypes", FUSED_ADD_DTYPES, ids=dtypes_id)
+@pytest.mark.parametrize("shape", [(1, 1), (5, 64), (33, 7), (3, 4096), (2, 40_003), (70_001, 1)])
+def test_add_memory_safety(dtypes, shape):
+    """Forward and backward, aligned and one element off, with a mask and without."""
+    inputs = add_inputs(shape, dtypes, DEVICE)
+    checked_add(*inputs)
+    checked_add(*inputs, drop_prob=0.0)
+    checked_add(*inputs, mode="batch")
+    misaligned = []
+    for tensor in inputs:
+        if tensor is not None:
+            base = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=DEVICE)
+            tensor = base[1:].view(tensor.shape).copy_(tensor)
+        misaligned.append(tensor)
+    checked_add(*misaligned)
+
+
+@pytest.mark.memcheck
+@pytest.mark.parametrize("dtypes", [FLOATS, (torch.bfloat16, torch.float32, torch.bfloat16)], ids=dtypes_id)
+@pytest.mark.parametrize("shape", [(5, 6, 7, 3), (3, 64, 8, 8), (2, 5, 1, 1), (4, 1, 9, 9), (0, 3, 2, 2), (3, 2, 0, 5)])
+def test_add_memory_safety_of_channels(dtypes, shape):
+    x, residual, gamma = add_inputs(shape, dtypes, DEVICE, (shape[1], 1, 1))
+    checked_add(x, residual, gamma)
+    checked_add(x.to(memory_format=torch.channels_last), residual, gamma)
+    checked_add(x, residual.to(memory_format=torch.channels_last), gamma)
+    checked_add(x.transpose(0, 1).contiguous().transpose(0, 1), residual, gamma)
+
+
+def test_add_mask_beyond_65535_samples_is_the_predicted_mask():
+    for samples in (65_535, 65_536, 65_537, 3_000_001):
+        x, residual, gamma = add_inputs((samples, 3), FLOATS, DEVICE)
+        keep = predict_keep(x, 0.3)
+        out = drop_path_add(x, residual, 0.3, training=True, gamma=gamma)
+        assert torch.equal(added_samples(out, residual), keep)
+
+
+@pytest.mark.parametrize("own_generator", [False, True])
+def test_add_graph_replay_draws_fresh_masks(own_generator):
+    x, residual, gamma = leaves = [t.requires_grad_() for t in add_inputs((1000, 5), FLOATS, DEVICE)]
+    grad = random_tensor((1000, 5), device=DEVICE, seed=3)
+    generator = torch.Generator("cuda").manual_seed(3) if own_generator else None
+
+    def step():
+        out = drop_path_add(x, residual, 0.5, training=True, gamma=gamma, generator=generator)
+        return out.detach(), torch.autograd.grad(out, leaves, grad)
+
+    graph, (out, (grad_x, _, grad_gamma)) = _capture(step, generator)
+    masks = []
+    for _ in range(4):
+        graph.replay()
+        keep = added_samples(out, residual)
+        masks.append(keep)
+        assert_rounded_once(out, *exact_add(x, residual, gamma, keep, 2.0))
+        exact = zero_dropped(2 * grad.double() * gamma.detach().double(), keep)
+        assert_rounded_once(grad_x, exact, exact.abs())
+        terms = zero_dropped(2 * grad.double() * x.detach().double(), keep)
+        assert_rounded_once(grad_gamma, terms.sum(0), terms.abs().sum(0))
+    for i in range(4):
+        for j in range(i):
+            assert 380 < (masks[i] != masks[j]).sum() < 620
+
+
+def test_add_never_synchronises():
+    module = DropPathAdd(0.5, dim=33, init_values=0.5).to(DEVICE)
+    x, residual, _ = add_inputs((64, 33), FLOATS, DEVICE)
+    x.requires_grad_()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out = module(x, residual)
+        out.backward(residual)
+        module.eval()(x, residual)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    keep = added_samples(out, residual)
+    assert 0 < keep.sum() < 64
+    assert_same_bits(x.grad, zero_dropped(residual, keep))  # times 2 times 0.5
+
+
+@pytest.mark.parametrize("shape", [(64, 197, 384), (4096, 7), (2, 1_000_003)])
+@pytest.mark.parametrize("with_gamma", [False, True])
+@pytest.mark.parametrize("drop_prob", [0.0, 0.5])
+def test_add_one_kernel_each_way(shape, with_gamma, drop_prob):
+    """And a small one that adds up the parts of gamma's gradient."""
+    x, residual = (torch.ones(shape, device=DEVICE, requires_grad=True) for _ in range(2))
+    gamma = torch.ones(shape[-1:], device=DEVICE, requires_grad=True) if with_gamma else None
+    leaves = [t for t in (x, residual, gamma) if t is not None]
+    grad = torch.ones(shape, device=DEVICE)
+
+    def kernels(function):
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            result = function()
+            torch.cuda.synchronize()
+        return result, [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+
+    def forward():
+        return drop_path_add(x, residual, drop_prob, training=True, gamma=gamma)
+
+    torch.autograd.grad(forward(), leaves, grad)  # loads the module
+    out, first = kernels(forward)
+    _, second = kernels(lambda: torch.autograd.grad(out, leaves, grad))
+    assert len(first) == 1, first
+    assert 1 <= len(second) <= (2 if with_gamma else 1), second
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="a second GPU is needed")
+def test_add_runs_on_the_device_of_the_input():
+    checked_add(*add_inputs((64, 33), FLOATS, "cuda:1"))
+    assert torch.cuda.current_device() == 0
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(5, 2**29 + 3), (2, 2**31 + 5), (2**26, 33)],
+    ids=["big_samples", "samples_beyond_32_bits", "small_samples"],
+)
+def test_add_more_than_2_to_the_31_elements(shape):
+    _need(60)
+    x = torch.ones(shape, device=DEVICE, dtype=torch.bfloat16).requires_grad_()
+    residual = torch.full(shape, 4.0, device=DEVICE, dtype=torch.bfloat16)
+    gamma = torch.full(shape[-1:], 0.5, device=DEVICE, dtype=torch.bfloat16).requires_grad_()
+    assert x.numel() > 2**31
+    out, keep = torch.ops.droppath_ext.drop_path_add(x, residual, gamma, 0.5, True, True)
+    grad_x, grad_gamma = torch.autograd.grad(out, (x, gamma), residual)
+    with torch.no_grad():
+        assert keep.shape == shape[:1]
+        assert shape[0] < 3 or (keep.any() and not keep.all())
+        residual.add_(keep[:, None])  # 4 + 0.5 * 1 * 2; in place: another tensor of this size may not fit
+        assert torch.equal(out, residual)
+        residual.fill_(4.0).mul_(keep[:, None])  # 4 * 0.5 * 2
+        assert torch.equal(grad_x, residual)
+        expected = torch.full_like(gamma, 8.0 * keep.sum())
+        torch.testing.assert_close(grad_gamma, expected, rtol=0.004, atol=0)

@@ -5,10 +5,10 @@ import inspect
 
 import pytest
 import torch
-from conftest import TOLERANCES, assert_same_bits, predict_keep, random_tensor
+from conftest import FUSED_ADD_DTYPES, TOLERANCES, add_inputs, assert_same_bits, dtypes_id, predict_keep, random_tensor
 
 import droppath_ext
-from droppath_ext import DropPath, drop_path, patch_timm
+from droppath_ext import DropPath, DropPathAdd, drop_path, drop_path_add, patch_timm
 
 try:
     import timm.layers.drop as timm_drop
@@ -243,4 +243,148 @@ def test_modes_are_torchvisions_given_our_mask(device, monkeypatch, mode, drop_p
         with monkeypatch.context() as m:
             _replay(m, [keep])
             expected = ops.stochastic_depth(x, drop_prob, mode, training=True)
+        torch.testing.assert_close(actual, expected, **TOLERANCES[torch.float32])
+
+
+# --- drop_path_add: the end of timm's residual block ---
+
+
+def _largest_tolerance(*dtypes):
+    """That of the coarsest dtype: timm rounds to it on the way, whatever the result's."""
+    return max((TOLERANCES[dtype] for dtype in dtypes if dtype is not None), key=lambda tolerance: tolerance["rtol"])
+
+
+@needs_timm
+@pytest.mark.parametrize("dtypes", FUSED_ADD_DTYPES, ids=dtypes_id)
+@pytest.mark.parametrize("drop_prob", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("scale_by_keep", [True, False])
+def test_add_is_timms_three_lines_given_our_mask(device, monkeypatch, dtypes, drop_prob, scale_by_keep):
+    """Forward and backward: LayerScale, drop path, addition."""
+    inputs = add_inputs((64, 3, 5), dtypes, device)
+    ours, theirs = ([t if t is None else t.clone().requires_grad_() for t in inputs] for _ in range(2))
+    keep = predict_keep(ours[0], drop_prob)
+    actual = drop_path_add(*ours[:2], drop_prob, True, scale_by_keep, gamma=ours[2])
+    x, residual, gamma = theirs
+    _replay(monkeypatch, [keep])
+    expected = residual + timm_drop.drop_path(x if gamma is None else x * gamma, drop_prob, True, scale_by_keep)
+    torch.testing.assert_close(actual, expected, **_largest_tolerance(*dtypes))
+    grad = random_tensor(actual.shape, actual.dtype, device, seed=3)
+    grads = [
+        torch.autograd.grad(out, [t for t in leaves if t is not None], grad)
+        for out, leaves in ((actual, ours), (expected, theirs))
+    ]
+    for mine, timms in zip(*grads, strict=True):
+        scale = timms.abs().max().clamp(min=1e-6)  # gamma's gradient is a sum
+        torch.testing.assert_close(mine / scale, timms / scale, **_largest_tolerance(*dtypes))
+
+
+@needs_timm
+@pytest.mark.parametrize("shape", ["tokens", "channels_last"])
+@pytest.mark.parametrize("training", [True, False])
+def test_add_module_is_timms_modules(device, monkeypatch, shape, training):
+    """LayerScale and DropPath, one module each, and the addition: the same state, the same function."""
+    from timm.layers import LayerScale
+
+    size = (16, 7, 12) if shape == "tokens" else (16, 5, 4, 12)  # LayerScale's channels are last
+    scale, drop = LayerScale(12, init_values=0.3).to(device), timm_drop.DropPath(0.5)
+    ours = DropPathAdd(0.5, dim=12, init_values=0.3).to(device)
+    assert {key: value.shape for key, value in ours.state_dict().items()} == {
+        key: value.shape for key, value in scale.state_dict().items()
+    }
+    with torch.no_grad():
+        scale.gamma.copy_(random_tensor((12,), device=device, seed=2))
+    ours.load_state_dict(scale.state_dict(), strict=True)
+    for module in (scale, drop, ours):
+        module.train(training)
+    x, residual = (random_tensor(size, device=device, seed=seed) for seed in (0, 1))
+    keep = predict_keep(x, 0.5)
+    actual = ours(x, residual)
+    if training:
+        assert 0 < keep.sum() < 16
+        _replay(monkeypatch, [keep])
+    expected = residual + drop(scale(x))
+    torch.testing.assert_close(actual, expected, **TOLERANCES[torch.float32])
+    grad = random_tensor(size, device=device, seed=3)
+    actual.backward(grad)
+    expected.backward(grad)
+    torch.testing.assert_close(ours.gamma.grad, scale.gamma.grad, rtol=1e-5, atol=1e-4)
+    scale.load_state_dict(ours.state_dict(), strict=True)
+
+
+@needs_timm
+@pytest.mark.parametrize("name", ["vit", "vit_layer_scale"])
+def test_add_in_a_vision_transformer(name, device, monkeypatch):
+    """A block rewritten to end in DropPathAdd computes what timm's does, in eval and, given our masks, in training."""
+    model, images = _model_and_images(name, device)
+    twin = copy.deepcopy(model)
+    masks = []
+
+    def end_of(block, scale, drop):
+        add = DropPathAdd(getattr(drop, "drop_prob", 0.0))
+        add.gamma = getattr(scale, "gamma", None)
+
+        def end(branch, x):
+            if add.drop_prob and block.training:
+                masks.append(predict_keep(branch, add.drop_prob))
+            return add.train(block.training)(branch, x)
+
+        return end
+
+    def rewritten(block):
+        end1, end2 = end_of(block, block.ls1, block.drop_path1), end_of(block, block.ls2, block.drop_path2)
+
+        def forward(x, *args, **kwargs):
+            x = end1(block.attn(block.norm1(x)), x)
+            return end2(block.mlp(block.norm2(x)), x)
+
+        return forward
+
+    for block in model.blocks:
+        block.forward = rewritten(block)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(images), twin.eval()(images), rtol=1e-5, atol=1e-5)
+    actual = _step(model, images)
+    assert len(masks) >= 4
+    drawn = torch.stack(masks)
+    assert drawn.any()
+    assert not drawn.all()
+    left = _replay(monkeypatch, masks)
+    expected = _step(twin, images)
+    assert next(left, None) is None, "timm must have drawn as often as we did"
+    for ours, timms in zip(actual, expected, strict=True):
+        scale = timms.abs().max().clamp(min=1e-6)  # gradients span many orders of magnitude
+        torch.testing.assert_close(ours / scale, timms / scale, rtol=1e-4, atol=1e-5)
+
+
+def test_add_signature_is_drop_paths_with_a_residual():
+    """So that timm's positional arguments keep their places."""
+    parameters = list(inspect.signature(drop_path_add).parameters.values())
+    expected = list(inspect.signature(drop_path).parameters.values())
+    names = [parameter.name for parameter in parameters]
+    assert names == ["x", "residual", "drop_prob", "training", "scale_by_keep", "gamma", "mode", "generator"]
+    defaults = {parameter.name: parameter.default for parameter in parameters}
+    for parameter in expected:
+        assert defaults[parameter.name] == parameter.default
+    assert [parameter.kind for parameter in parameters[5:]] == [inspect.Parameter.KEYWORD_ONLY] * 3
+    assert list(inspect.signature(DropPathAdd).parameters) == [
+        "drop_prob",
+        "scale_by_keep",
+        "mode",
+        "dim",
+        "init_values",
+    ]
+
+
+@pytest.mark.parametrize("mode", ["row", "batch"])
+@pytest.mark.parametrize("drop_prob", [0.2, 0.5, 1.0])
+def test_add_modes_are_torchvisions_given_our_mask(device, monkeypatch, mode, drop_prob):
+    """torchvision's ConvNeXt: layer_scale [C, 1, 1] times the branch, stochastic_depth, addition."""
+    ops = pytest.importorskip("torchvision.ops", reason="torchvision does not import", exc_type=ImportError)
+    x, residual, layer_scale = add_inputs((32, 3, 4, 4), (torch.float32,) * 3, device, (3, 1, 1))
+    for _ in range(5):
+        keep = predict_keep(x, drop_prob, mode)
+        actual = drop_path_add(x, residual, drop_prob, training=True, gamma=layer_scale, mode=mode)
+        with monkeypatch.context() as m:
+            _replay(m, [keep])
+            expected = residual + ops.stochastic_depth(layer_scale * x, drop_prob, mode, training=True)
         torch.testing.assert_close(actual, expected, **TOLERANCES[torch.float32])

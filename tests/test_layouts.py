@@ -4,11 +4,31 @@ import math
 
 import pytest
 import torch
-from conftest import DEVICES, DTYPES, assert_same_bits, checked, expected_drop_path, random_tensor, seeded
+from conftest import (
+    ADD_DTYPES,
+    ADD_GAMMA_DTYPES,
+    DEVICES,
+    DTYPES,
+    FUSED_ADD_DTYPES,
+    TOLERANCES,
+    add_inputs,
+    along,
+    assert_rounded_once,
+    assert_same_bits,
+    checked,
+    checked_add,
+    dtypes_id,
+    expected_drop_path,
+    predict_keep,
+    random_tensor,
+    same_layout,
+    seeded,
+    zero_dropped,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from droppath_ext import drop_path, reference
+from droppath_ext import drop_path, drop_path_add, reference
 
 
 def _randn(device, dtype, *shape):
@@ -158,3 +178,276 @@ def test_gradient_of_any_layout(x, grad_layout, seed):
     out = drop_path(leaf, 0.5, training=True, generator=seeded("cpu", seed))
     (grad_x,) = torch.autograd.grad(out, leaf, grad)
     assert_same_bits(grad_x, reference.apply_keep_mask(grad, keep, 2.0))
+
+
+# --- drop_path_add ---
+
+
+@pytest.mark.parametrize("dtypes", ADD_DTYPES, ids=dtypes_id)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_add_layout(device, dtypes, layout):
+    x = LAYOUTS[layout](device, dtypes[0])
+    checked_add(x, same_layout(x, dtypes[1]))
+
+
+# All but those of one dimension, which leave gamma none.
+GAMMA_LAYOUTS = [
+    layout for layout in LAYOUTS if layout not in ("one_dimensional", "one_dimensional_strided", "nothing_1d")
+]
+
+
+@pytest.mark.parametrize("dtypes", [t for t in ADD_GAMMA_DTYPES if len(set(t)) > 1], ids=dtypes_id)
+@pytest.mark.parametrize("layout", GAMMA_LAYOUTS)
+def test_add_layout_of_mixed_dtypes_with_gamma(device, dtypes, layout):
+    x = LAYOUTS[layout](device, dtypes[0])
+    checked_add(x, same_layout(x, dtypes[1]), random_tensor(x.shape[-1:], dtypes[2], device, seed=2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", GAMMA_LAYOUTS)
+def test_add_layout_with_gamma_along_any_dim(device, dtype, layout):
+    x = LAYOUTS[layout](device, dtype)
+    assert x.dim() > 1
+    for dim in range(1, x.dim()):
+        gamma = random_tensor((x.shape[dim],), dtype, device, seed=2)
+        checked_add(x, same_layout(x), along(dim, gamma, x.dim()), drop_prob=0.5)
+        checked_add(x, same_layout(x), along(dim, gamma, x.dim()), drop_prob=0.0)
+
+
+@pytest.mark.parametrize("layout", ["sequence_first", "channels_last", "expanded_samples", "cropped", "no_samples"])
+@pytest.mark.parametrize("scale_by_keep", [True, False])
+@pytest.mark.parametrize("with_gamma", [True, False])
+def test_add_layout_in_batch_mode(device, layout, scale_by_keep, with_gamma):
+    x = LAYOUTS[layout](device, torch.float32)
+    gamma = random_tensor(x.shape[-1:], device=device, seed=2) if with_gamma else None
+    for _ in range(4):
+        checked_add(x, same_layout(x), gamma, 0.5, scale_by_keep, "batch")
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.channels_last_3d])
+@pytest.mark.parametrize("dtypes", FUSED_ADD_DTYPES, ids=dtypes_id)
+def test_add_channels_last_stays_channels_last(device, memory_format, dtypes):
+    """That of x decides, whatever the residual's."""
+    shape = (4, 6, 5, 3) if memory_format == torch.channels_last else (4, 6, 2, 5, 3)
+    x, residual, gamma = add_inputs(shape, dtypes, device, (6,) + (1,) * (len(shape) - 2))
+    out = checked_add(x.to(memory_format=memory_format), residual, gamma)
+    assert out.is_contiguous(memory_format=memory_format)
+    assert checked_add(x, residual.to(memory_format=memory_format), gamma).is_contiguous()
+
+
+# One shape as it may lie in memory: dense in any order, sliced, expanded, mirrored.
+MIXED = {
+    "contiguous": lambda t: t.contiguous(),
+    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "sequence_first": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
+    "samples_innermost": lambda t: t.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
+    "transposed_pixels": lambda t: t.mT.contiguous().mT,
+    "every_other_sample": lambda t: t.repeat_interleave(2, 0)[::2],
+    "cropped": lambda t: torch.nn.functional.pad(t, (1, 2, 3, 1))[:, :, 3:-1, 1:-2],
+    "expanded": lambda t: t[:1, :, :1].expand_as(t),
+    "one_number": lambda t: t[:1, :1, :1, :1].expand_as(t),
+}
+
+
+@pytest.mark.parametrize("x_layout", MIXED)
+@pytest.mark.parametrize("residual_layout", MIXED)
+@pytest.mark.parametrize("gamma_dim", [None, 1, 2, 3])
+def test_add_mixed_layouts(device, x_layout, residual_layout, gamma_dim):
+    dtypes = (torch.float32, torch.float32, None if gamma_dim is None else torch.float32)
+    x, residual, gamma = add_inputs(
+        (6, 8, 5, 7), dtypes, device, () if gamma_dim is None else ((6, 8, 5, 7)[gamma_dim],)
+    )
+    gamma = None if gamma is None else along(gamma_dim, gamma, 4)
+    checked_add(MIXED[x_layout](x), MIXED[residual_layout](residual), gamma)
+
+
+@pytest.mark.parametrize("x_layout", MIXED)
+@pytest.mark.parametrize("grad_layout", MIXED)
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32,) * 3, (torch.bfloat16, torch.float32, torch.bfloat16)], ids=dtypes_id
+)
+@pytest.mark.parametrize("gamma_dim", [1, 3])
+def test_add_gradient_of_any_layout(device, x_layout, grad_layout, dtypes, gamma_dim):
+    """The incoming gradient need not lie in memory as the output does."""
+    x, residual, gamma = add_inputs((6, 8, 5, 7), dtypes, device, (8, 1, 1) if gamma_dim == 1 else (7,))
+    leaves = [t.requires_grad_() for t in (MIXED[x_layout](x), residual, gamma)]
+    keep = predict_keep(x, 0.5)
+    out = drop_path_add(*leaves[:2], 0.5, training=True, gamma=leaves[2])
+    grad = MIXED[grad_layout](random_tensor(x.shape, out.dtype, device, seed=3))
+    grad_x, grad_residual, grad_gamma = torch.autograd.grad(out, leaves, grad, retain_graph=True)
+    same_grad_x, *_ = torch.autograd.grad(out, leaves, torch.empty_like(out).copy_(grad))
+    assert_same_bits(grad_x, same_grad_x)
+    assert_same_bits(grad_residual, grad)
+    terms = zero_dropped(grad.double() * leaves[0].detach().double() * 2, keep)
+    assert_rounded_once(grad_gamma, terms.sum_to_size(gamma.shape), terms.abs().sum_to_size(gamma.shape))
+
+
+GAMMA_VIEWS = {
+    "D": ((6, 5, 8), lambda d, t: random_tensor((8,), t, d, seed=2)),
+    "1,D": ((6, 5, 8), lambda d, t: random_tensor((1, 8), t, d, seed=2)),
+    "1,1,D": ((6, 5, 8), lambda d, t: random_tensor((1, 1, 8), t, d, seed=2)),
+    "C,1,1": ((6, 8, 5, 7), lambda d, t: random_tensor((8, 1, 1), t, d, seed=2)),
+    "1,C,1,1": ((6, 8, 5, 7), lambda d, t: random_tensor((1, 8, 1, 1), t, d, seed=2)),
+    "H,1": ((6, 8, 5, 7), lambda d, t: random_tensor((5, 1), t, d, seed=2)),
+    "of_a_column": ((6, 8), lambda d, t: random_tensor((8, 3), t, d, seed=2)[:, 1]),
+    "every_other_channel": ((6, 8, 5, 7), lambda d, t: random_tensor((16, 1, 1), t, d, seed=2)[::2]),
+    "expanded": ((6, 5, 8), lambda d, t: random_tensor((1,), t, d, seed=2).expand(8)),
+    "negative_view": ((6, 5, 8), lambda d, t: torch._neg_view(random_tensor((8,), t, d, seed=2))),
+    "misaligned": ((6, 5, 8), lambda d, t: random_tensor((9,), t, d, seed=2)[1:]),
+    "odd_strides_of_size_one": (
+        (6, 8, 5, 7),
+        lambda d, t: random_tensor((99,), t, d, seed=2).as_strided((8, 1, 1), (2, 5, 99)),
+    ),
+    "one_feature": ((6, 5, 1), lambda d, t: random_tensor((1,), t, d, seed=2)),
+    "one_channel": ((6, 1, 5, 7), lambda d, t: random_tensor((1, 1, 1), t, d, seed=2)),
+    "square": ((6, 4, 4, 4), lambda d, t: random_tensor((4, 1), t, d, seed=2)),
+    "samples_as_features": ((8, 8), lambda d, t: random_tensor((8,), t, d, seed=2)),
+}
+
+
+@pytest.mark.parametrize("dtypes", ADD_GAMMA_DTYPES, ids=dtypes_id)
+@pytest.mark.parametrize("view", GAMMA_VIEWS)
+def test_add_takes_any_view_of_gamma(device, dtypes, view):
+    """Whatever broadcasts along one dim of a sample, strided as it likes; its gradient has its shape."""
+    shape, make = GAMMA_VIEWS[view]
+    x, residual, _ = add_inputs(shape, (*dtypes[:2], None), device)
+    checked_add(x, residual, make(device, dtypes[2]))
+
+
+@pytest.mark.parametrize("dtypes", FUSED_ADD_DTYPES, ids=dtypes_id)
+@pytest.mark.parametrize("features", [1, 2, 3, 5, 7, 8, 9, 15, 17, 31, 33, 63, 65, 127, 257, 1023])
+def test_add_odd_sizes_have_no_tail_bugs(device, dtypes, features):
+    checked_add(*add_inputs((19, features), dtypes, device))
+
+
+@pytest.mark.parametrize("dtypes", ADD_GAMMA_DTYPES, ids=dtypes_id)
+@pytest.mark.parametrize("shape", [(5, 3, 1), (5, 3, 2), (5, 4, 7), (5, 7, 33), (5, 2, 300), (5, 33, 64), (5, 300, 3)])
+@pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
+def test_add_odd_planes_have_no_tail_bugs(device, dtypes, shape, layout):
+    """gamma in runs, as long as a channel's plane, or in turn."""
+    x, residual, gamma = add_inputs(shape, dtypes, device, (shape[1], 1))
+    if layout == "channels_last":
+        x, residual = (t.mT.contiguous().mT for t in (x, residual))
+    checked_add(x, residual, gamma)
+
+
+@pytest.mark.parametrize("dtypes", FUSED_ADD_DTYPES, ids=dtypes_id)
+@pytest.mark.parametrize("offsets", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 2, 3), (3, 3, 3), (7, 5, 0)])
+@pytest.mark.parametrize("features", [16, 33])
+def test_add_misaligned_views(device, dtypes, offsets, features):
+    """A storage offset takes each tensor off its 16-byte boundary, and then the incoming gradient."""
+
+    def misaligned(tensor, offset):
+        base = torch.empty(tensor.numel() + offset, dtype=tensor.dtype, device=device)
+        return base[offset:].view(tensor.shape).copy_(tensor)
+
+    inputs = [
+        None if tensor is None else misaligned(tensor, offset)
+        for tensor, offset in zip(add_inputs((9, features), dtypes, device), offsets, strict=True)
+    ]
+    checked_add(*inputs)
+    leaves = [tensor.requires_grad_() for tensor in inputs if tensor is not None]
+    out = drop_path_add(*leaves[:2], 0.5, training=True, gamma=inputs[2])
+    grad = random_tensor(out.shape, out.dtype, device, seed=3)
+    expected = torch.autograd.grad(out, leaves, grad, retain_graph=True)
+    for actual, same in zip(torch.autograd.grad(out, leaves, misaligned(grad, 1)), expected, strict=True):
+        assert_same_bits(actual, same)
+
+
+@pytest.mark.parametrize("dtypes", FUSED_ADD_DTYPES, ids=dtypes_id)
+@pytest.mark.parametrize("shape", [(0, 5, 3), (5, 0, 3), (5, 3, 0), (0, 0), (1, 7, 5), (1, 1), (2, 1, 1)])
+def test_add_sizes_zero_and_one(device, dtypes, shape):
+    """The gradient of a gamma that meets no element is zero."""
+    checked_add(*add_inputs(shape, dtypes, device))
+    checked_add(*add_inputs(shape, dtypes, device), drop_prob=0.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_add_to_samples_of_one_number(device, dtype):
+    """One dimension: the samples, which gamma cannot lie along."""
+    checked_add(*add_inputs((1003,), (dtype, dtype, None), device))
+    checked_add(*add_inputs((0,), (dtype, dtype, None), device))
+
+
+def test_add_writes_nothing_outside_the_output(device):
+    bases = [random_tensor((8, 64), device=device, seed=seed) for seed in range(2)]
+    before = [base.clone() for base in bases]
+    checked_add(*(base[:, 5:37] for base in bases), random_tensor((99,), device=device)[7:39])
+    for base, same in zip(bases, before, strict=True):
+        assert_same_bits(base, same)
+
+
+@pytest.mark.parametrize("dtypes", FUSED_ADD_DTYPES, ids=dtypes_id)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_add_shared_by_threads(device, dtypes, threads):
+    """Beyond 32,768 elements; the cuts between threads fall within rows, and the last part is an odd one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        checked_add(*add_inputs((11, 13, 333), dtypes, device))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtypes", FUSED_ADD_DTYPES, ids=dtypes_id)
+@pytest.mark.parametrize("layout", ["contiguous", "sequence_first"])
+def test_add_beyond_the_caches(device, dtypes, layout):
+    """A result of more than 8 MiB may be stored in another way than its parts are: the same numbers, bit for bit."""
+    itemsize = max(dtype.itemsize for dtype in dtypes if dtype)
+    shape = (7, 3, 2**23 // itemsize // 21 + 1003)
+    tensors = []
+    for seed, dtype in enumerate(dtypes[:2]):
+        tensors.append(torch.empty(shape, dtype=dtype, device=device).normal_(generator=seeded(device, seed)))
+    if layout == "sequence_first":
+        tensors = [tensor.view(3, 7, -1).transpose(0, 1) for tensor in tensors]
+    x, residual = tensors
+    gamma = None if dtypes[2] is None else random_tensor(shape[-1:], dtypes[2], device)
+
+    def run(part):
+        leaves = [t[..., part].detach().requires_grad_() for t in (x, residual, gamma) if t is not None]
+        generator = seeded(device, 3)
+        weight = leaves[2] if len(leaves) == 3 else None
+        out = drop_path_add(*leaves[:2], 0.5, training=True, gamma=weight, generator=generator)
+        return out.detach(), torch.autograd.grad(out, leaves, out.detach())
+
+    out, (grad_x, _, *grad_gamma) = run(slice(None))
+    assert out.nbytes > 2**23
+    cuts = [0, 1003, shape[-1] // 2, shape[-1]]
+    parts = [run(slice(begin, end)) for begin, end in zip(cuts[:-1], cuts[1:], strict=True)]
+    assert max(part.nbytes for part, _ in parts) < 2**23
+    assert_same_bits(out, torch.cat([part for part, _ in parts], -1))
+    assert_same_bits(grad_x, torch.cat([grads[0] for _, grads in parts], -1))
+    if grad_gamma:  # whose sums may run in another order
+        expected = torch.cat([grads[2] for _, grads in parts])
+        torch.testing.assert_close(grad_gamma[0], expected, **TOLERANCES[dtypes[2]])
+
+
+@st.composite
+def add_arguments(draw):
+    """x and residual, each of any layout, and gamma along any dim, or none."""
+    x = draw(strided_tensors())
+    dtypes = draw(st.sampled_from([dtypes for dtypes in FUSED_ADD_DTYPES if dtypes[0] is x.dtype]))
+    order = [dim for dim in draw(st.permutations(range(5))) if dim < x.dim()]
+    residual = random_tensor([x.shape[dim] for dim in order], dtypes[1], seed=draw(st.integers(100, 199)))
+    residual = residual.permute([order.index(dim) for dim in range(x.dim())])
+    step = draw(st.sampled_from([1, 1, 2]))
+    if step > 1:
+        residual = residual.repeat_interleave(step, -1)[..., ::step]
+    if x.dim() == 1 or dtypes[2] is None:
+        return x, residual, None
+    dim = draw(st.integers(1, x.dim() - 1))
+    gamma = random_tensor((x.shape[dim] * step,), dtypes[2], seed=draw(st.integers(200, 299)))[::step]
+    return x, residual, along(dim, gamma, x.dim())
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    arguments=add_arguments(),
+    drop_prob=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    scale_by_keep=st.booleans(),
+    mode=st.sampled_from(["row", "batch"]),
+    seed=st.integers(0, 2**63 - 1),
+)
+def test_add_any_layout(arguments, drop_prob, scale_by_keep, mode, seed):
+    torch.manual_seed(seed)
+    checked_add(*arguments, drop_prob, scale_by_keep, mode)

@@ -8,8 +8,12 @@ import pytest
 import torch
 from conftest import (
     DTYPES,
+    FUSED_ADD_DTYPES,
+    add_inputs,
+    added_samples,
     assert_same_bits,
     draw_seed,
+    dtypes_id,
     generator_state,
     kept_samples,
     predict_keep,
@@ -19,7 +23,7 @@ from conftest import (
     twin_of,
 )
 
-from droppath_ext import drop_path, reference
+from droppath_ext import drop_path, drop_path_add, reference
 
 MASKS = ["fused", "composite"]
 
@@ -248,3 +252,142 @@ def test_threads_share_the_generator_safely(device):
     with ThreadPoolExecutor(8) as pool:
         outs = list(pool.map(lambda _: drop_path(x, 0.5, training=True), range(64)))
     assert sorted(tuple(kept_samples(out).tolist()) for out in outs) == sorted(expected)
+
+
+# --- drop_path_add draws as drop_path does ---
+
+FLOATS = (torch.float32,) * 3
+
+
+@pytest.mark.parametrize("dtypes", FUSED_ADD_DTYPES, ids=dtypes_id)
+@pytest.mark.parametrize("mode", ["row", "batch"])
+@pytest.mark.parametrize("drop_prob", [0.1, 0.5, 0.9, 1.0])
+def test_add_draws_the_mask_of_drop_path(device, dtypes, mode, drop_prob):
+    """From the same seed the same samples, call after call, and the same random numbers consumed."""
+    x, residual, gamma = add_inputs((200, 5), dtypes, device)
+    torch.manual_seed(4)
+    expected = [kept_samples(drop_path(x, drop_prob, training=True, mode=mode)) for _ in range(3)]
+    after = generator_state(device)
+    torch.manual_seed(4)
+    for keep in expected:
+        out = drop_path_add(x, residual, drop_prob, training=True, gamma=gamma, mode=mode)
+        assert torch.equal(added_samples(out, residual), keep)
+    assert torch.equal(generator_state(device), after)
+
+
+@pytest.mark.parametrize("mode", ["row", "batch"])
+@pytest.mark.parametrize("drop_prob", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("batch", [1, 7, 5000])
+def test_add_drawn_mask_is_the_predicted_mask(device, mode, drop_prob, batch):
+    x, residual, gamma = add_inputs((batch, 3), FLOATS, device)
+    for seed in (0, 2**40, 2**64 - 1):
+        torch.manual_seed(seed)
+        for _ in range(3):
+            expected = predict_keep(x, drop_prob, mode)
+            out = drop_path_add(x, residual, drop_prob, training=True, gamma=gamma, mode=mode)
+            assert torch.equal(added_samples(out, residual), expected.expand(batch))
+
+
+def test_add_mask_does_not_depend_on_dtype_shape_layout_gamma_or_threads(device):
+    cases = [add_inputs(shape, dtypes, device) for shape in [(600, 7), (600, 3, 4, 5)] for dtypes in FUSED_ADD_DTYPES]
+    cases.append(add_inputs((600, 200), FLOATS, device))  # large enough for several threads
+    x, residual, gamma = add_inputs((7, 600), FLOATS, device, (7,))
+    cases.append((x.t(), residual.t(), gamma))
+    threads = torch.get_num_threads()
+    masks = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            for x, residual, gamma in cases:
+                out = drop_path_add(x, residual, 0.5, training=True, gamma=gamma, generator=seeded(device, 5))
+                masks.append(added_samples(out, residual))
+    finally:
+        torch.set_num_threads(threads)
+    assert 200 < masks[0].sum() < 400
+    assert all(torch.equal(mask, masks[0]) for mask in masks)
+
+
+@pytest.mark.parametrize("with_gamma", [False, True])
+def test_add_manual_seed_reproduces(device, with_gamma):
+    x, residual, gamma = add_inputs((1000, 2), FLOATS if with_gamma else (*FLOATS[:2], None), device)
+
+    def three(seed):
+        torch.manual_seed(seed)
+        return torch.stack([drop_path_add(x, residual, 0.5, training=True, gamma=gamma) for _ in range(3)])
+
+    first = three(3)
+    assert_same_bits(three(3), first)
+    assert not torch.equal(three(4), first)
+    assert not torch.equal(first[0], first[1])
+
+
+# The pair that a kernel serves, and one that it does not.
+GENERATOR_DTYPES = [FLOATS, (torch.float32, torch.bfloat16, torch.float32)]
+
+
+@pytest.mark.parametrize("dtypes", GENERATOR_DTYPES, ids=dtypes_id)
+@pytest.mark.parametrize("mode", ["row", "batch"])
+def test_add_generator_is_honoured_and_the_global_one_left_alone(device, dtypes, mode):
+    x, residual, gamma = add_inputs((1000, 2), dtypes, device)
+    generator = seeded(device, 9)
+    before = generator_state(device)
+
+    def draw(generator):
+        out = drop_path_add(x, residual, 0.5, training=True, gamma=gamma, mode=mode, generator=generator)
+        return added_samples(out, residual)
+
+    drawn = [draw(generator) for _ in range(8)]
+    assert torch.equal(generator_state(device), before)
+    same = seeded(device, 9)
+    for mask in drawn:
+        assert torch.equal(draw(same), mask)
+    assert torch.equal(same.get_state(), generator.get_state())
+    assert len({tuple(mask.tolist()) for mask in drawn}) == (8 if mode == "row" else 2)
+
+
+@pytest.mark.parametrize("dtypes", GENERATOR_DTYPES, ids=dtypes_id)
+def test_add_each_call_advances_the_generator(device, dtypes):
+    x, residual, gamma = add_inputs((500, 2), dtypes, device)
+    generator = seeded(device)
+    states = [generator.get_state()]
+    for _ in range(4):
+        drop_path_add(x, residual, 0.5, training=True, gamma=gamma, generator=generator)
+        states.append(generator.get_state())
+    for i in range(4):
+        assert not torch.equal(states[i], states[i + 1])
+
+
+@pytest.mark.parametrize("dtypes", GENERATOR_DTYPES, ids=dtypes_id)
+@pytest.mark.parametrize(("drop_prob", "training"), [(0.0, True), (0.5, False), (1.0, False)])
+def test_add_draws_nothing_where_nothing_is_dropped(device, dtypes, drop_prob, training):
+    x, residual, gamma = add_inputs((50, 2), dtypes, device)
+    generator = seeded(device)
+    before, own = generator_state(device), generator.get_state()
+    drop_path_add(x, residual, drop_prob, training, gamma=gamma)
+    drop_path_add(x, residual, drop_prob, training, gamma=gamma, generator=generator)
+    assert torch.equal(generator_state(device), before)
+    assert torch.equal(generator.get_state(), own)
+
+
+@pytest.mark.parametrize("mode", ["row", "batch"])
+def test_add_generator_draws_what_the_global_one_would(device, mode):
+    x, residual, gamma = add_inputs((64, 5), FLOATS, device)
+    torch.manual_seed(42)
+    expected = drop_path_add(x, residual, 0.5, training=True, gamma=gamma, mode=mode)
+    actual = drop_path_add(x, residual, 0.5, training=True, gamma=gamma, mode=mode, generator=seeded(device, 42))
+    assert_same_bits(actual, expected)
+
+
+def test_add_threads_share_the_generator_safely(device):
+    """Calls release the interpreter lock: whatever the order, each takes the next draw and no two take the same."""
+    x, residual, gamma = add_inputs((300, 2), FLOATS, device)
+
+    def draw(_):
+        return drop_path_add(x, residual, 0.5, training=True, gamma=gamma)
+
+    torch.manual_seed(1)
+    expected = [tuple(added_samples(draw(None), residual).tolist()) for _ in range(64)]
+    torch.manual_seed(1)
+    with ThreadPoolExecutor(8) as pool:
+        outs = list(pool.map(draw, range(64)))
+    assert sorted(tuple(added_samples(out, residual).tolist()) for out in outs) == sorted(expected)
