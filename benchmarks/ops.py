@@ -13,7 +13,7 @@ from torch.utils.benchmark import Timer
 from workloads import ACTIVATIONS, COMPILED_WHEN_QUICK, OPS, PASSES, Activation
 
 # Seconds for a measurement when quick, else twice that. Events on CUDA scatter less than times of the host.
-BUDGET_S = {"cpu": 0.5, "cuda": 0.25}
+BUDGET_S = {"cpu": 0.4, "cuda": 0.25}
 
 
 def copy_bytes(tensor_bytes: int) -> int:
