@@ -139,7 +139,7 @@ setup(
             define_macros=[(name, value and f'"{value}"') for name, value in macros.items()],
             extra_compile_args=flags,
             library_dirs=cudart_dirs(toolkit) if toolkit else [],
-            depends=[str(path) for path in Path("csrc").rglob("*.*h")],
+            depends=[str(path) for path in Path("csrc").rglob("*.*") if path.suffix not in (".cpp", ".cu")],
         )
     ],
     cmdclass={"build_ext": BuildExtension},

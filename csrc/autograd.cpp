@@ -38,8 +38,8 @@ struct DropPath : torch::autograd::Function<DropPath> {
 };
 
 struct DropPathAdd : torch::autograd::Function<DropPathAdd> {
-  // Places among the inputs that require a gradient, as needs_input_grad counts them.
-  enum Edge { kX, kResidual, kGamma };
+  // Places among the tensors of the inputs, as needs_input_grad counts them, and in what backward returns.
+  enum Input { kX, kResidual, kGamma };
 
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& residual,
                             const std::optional<at::Tensor>& gamma, double drop_prob, bool scale_by_keep,
@@ -70,10 +70,14 @@ struct DropPathAdd : torch::autograd::Function<DropPathAdd> {
     };
     const bool needs_x = ctx->needs_input_grad(kX);
     const bool needs_gamma = saved[2].defined() && ctx->needs_input_grad(kGamma);
-    if (needs_x || needs_gamma) {
-      auto [grad_x, grad_gamma] = drop_path_add_backward(
-          grad, needs_gamma ? defined(saved[1]) : std::nullopt, defined(saved[2]), saved[0],
-          ctx->saved_data["scale"].toDouble(), ctx->saved_data["dtype"].toScalarType(), {needs_x, needs_gamma});
+    const auto dtype = ctx->saved_data["dtype"].toScalarType();
+    if (saved[0].sym_numel() == 0 && !saved[2].defined()) {
+      // Neither mask nor gamma: a plain addition.
+      result[kX] = needs_x ? grad.to(dtype) : at::Tensor();
+    } else if (needs_x || needs_gamma) {
+      auto [grad_x, grad_gamma] =
+          drop_path_add_backward(grad, needs_gamma ? defined(saved[1]) : std::nullopt, defined(saved[2]), saved[0],
+                                 ctx->saved_data["scale"].toDouble(), dtype, {needs_x, needs_gamma});
       result[kX] = needs_x ? grad_x : at::Tensor();
       result[kGamma] = needs_gamma ? grad_gamma : at::Tensor();
     }
@@ -108,7 +112,6 @@ at::Tensor mask_dropped(const at::Tensor& x, const at::Tensor& keep) {
   if (keep.sym_numel() == 0) {
     return x;
   }
-  check_keep(keep, x);
   at::SymDimVector shape(x.dim(), 1);
   shape[0] = keep.sym_size(0);
   return at::where(keep.view_symint(shape), x, 0);
@@ -128,6 +131,7 @@ std::tuple<at::Tensor, at::Tensor> drop_path_autograd(const at::Tensor& x, doubl
 
 at::Tensor drop_path_backward_autograd(const at::Tensor& grad, const at::Tensor& keep, double scale) {
   if (is_differentiated(grad)) {
+    check_keep(keep, grad);
     return mask_dropped(at::mul(grad, scale), keep);
   }
   at::AutoDispatchBelowADInplaceOrView guard;
@@ -160,10 +164,9 @@ std::tuple<at::Tensor, at::Tensor> drop_path_add_backward_autograd(
   check_add_backward_inputs(grad, x, gamma, keep, dtype, output_mask);
   const auto opmath = grad.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const at::Tensor scaled = mask_dropped(at::mul(grad.to(opmath), scale), keep);
-  std::tuple<at::Tensor, at::Tensor> result;
-  auto& [grad_x, grad_gamma] = result;
-  grad_x = at::empty({0}, grad.options().dtype(dtype));
-  grad_gamma = grad_x;
+  const auto options = grad.options().dtype(dtype);
+  at::Tensor grad_x = at::empty({0}, options);
+  at::Tensor grad_gamma = at::empty({0}, options);
   if (output_mask[0]) {
     // Masked again behind gamma, which may be infinite.
     grad_x = (gamma ? mask_dropped(at::mul(scaled, gamma->to(opmath)), keep) : scaled).to(dtype);
@@ -172,7 +175,7 @@ std::tuple<at::Tensor, at::Tensor> drop_path_add_backward_autograd(
     const at::Tensor product = at::mul(scaled, mask_dropped(x->to(opmath), keep));
     grad_gamma = product.sum_to_size_symint(gamma->sym_sizes()).to(gamma->scalar_type());
   }
-  return result;
+  return {std::move(grad_x), std::move(grad_gamma)};
 }
 
 }  // namespace

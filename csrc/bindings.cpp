@@ -57,15 +57,18 @@ std::optional<at::Tensor> drop_path_add(py::handle x, py::handle residual, py::h
   if (!uses_fused_path(x) || !uses_fused_path(residual) || !(gamma.is_none() || uses_fused_path(gamma))) {
     return std::nullopt;
   }
-  const at::Tensor& branch = THPVariable_Unpack(x.ptr());
-  const at::Tensor& shortcut = THPVariable_Unpack(residual.ptr());
-  const auto weight = gamma.is_none() ? std::nullopt : std::optional<at::Tensor>(THPVariable_Unpack(gamma.ptr()));
-  if (!droppath_ext::is_fused_mix(branch, shortcut, weight)) {
+  const at::Tensor& x_tensor = THPVariable_Unpack(x.ptr());
+  const at::Tensor& residual_tensor = THPVariable_Unpack(residual.ptr());
+  std::optional<at::Tensor> gamma_tensor;
+  if (!gamma.is_none()) {
+    gamma_tensor = THPVariable_Unpack(gamma.ptr());
+  }
+  if (!droppath_ext::is_fused_mix(x_tensor, residual_tensor, gamma_tensor)) {
     return std::nullopt;
   }
   py::gil_scoped_release no_gil;
-  return std::get<0>(
-      droppath_ext::drop_path_add(branch, shortcut, weight, drop_prob, scale_by_keep, per_sample, generator));
+  return std::get<0>(droppath_ext::drop_path_add(x_tensor, residual_tensor, gamma_tensor, drop_prob, scale_by_keep,
+                                                 per_sample, generator));
 }
 
 at::Tensor keep_mask(uint64_t seed, uint64_t offset, int64_t size, double drop_prob) {

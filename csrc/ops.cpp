@@ -26,19 +26,23 @@ TORCH_LIBRARY(droppath_ext, m) {
 
 namespace droppath_ext {
 
+namespace {
+
+template <typename Function>
+auto find_op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Function>();
+}
+
+}  // namespace
+
 std::tuple<at::Tensor, at::Tensor> drop_path(const at::Tensor& x, double drop_prob, bool scale_by_keep, bool per_sample,
                                              const std::optional<at::Generator>& generator) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("droppath_ext::drop_path", "")
-                             .typed<std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, double, bool, bool,
-                                                                       const std::optional<at::Generator>&)>();
+  static const auto op = find_op<decltype(drop_path)>("droppath_ext::drop_path");
   return op.call(x, drop_prob, scale_by_keep, per_sample, generator);
 }
 
 at::Tensor drop_path_backward(const at::Tensor& grad, const at::Tensor& keep, double scale) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("droppath_ext::drop_path_backward", "")
-                             .typed<at::Tensor(const at::Tensor&, const at::Tensor&, double)>();
+  static const auto op = find_op<decltype(drop_path_backward)>("droppath_ext::drop_path_backward");
   return op.call(grad, keep, scale);
 }
 
@@ -46,11 +50,7 @@ std::tuple<at::Tensor, at::Tensor> drop_path_add(const at::Tensor& x, const at::
                                                  const std::optional<at::Tensor>& gamma, double drop_prob,
                                                  bool scale_by_keep, bool per_sample,
                                                  const std::optional<at::Generator>& generator) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("droppath_ext::drop_path_add", "")
-                             .typed<std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&,
-                                                                       const std::optional<at::Tensor>&, double, bool,
-                                                                       bool, const std::optional<at::Generator>&)>();
+  static const auto op = find_op<decltype(drop_path_add)>("droppath_ext::drop_path_add");
   return op.call(x, residual, gamma, drop_prob, scale_by_keep, per_sample, generator);
 }
 
@@ -58,18 +58,34 @@ std::tuple<at::Tensor, at::Tensor> drop_path_add_backward(const at::Tensor& grad
                                                           const std::optional<at::Tensor>& gamma,
                                                           const at::Tensor& keep, double scale, at::ScalarType dtype,
                                                           std::array<bool, 2> output_mask) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("droppath_ext::drop_path_add_backward", "")
-                             .typed<std::tuple<at::Tensor, at::Tensor>(
-                                 const at::Tensor&, const std::optional<at::Tensor>&, const std::optional<at::Tensor>&,
-                                 const at::Tensor&, double, at::ScalarType, std::array<bool, 2>)>();
+  static const auto op = find_op<decltype(drop_path_add_backward)>("droppath_ext::drop_path_add_backward");
   return op.call(grad, x, gamma, keep, scale, dtype, output_mask);
 }
 
-void check_input(const at::Tensor& x, const char* name) {
-  const auto dtype = x.scalar_type();
-  TORCH_CHECK_TYPE(dtype == at::kHalf || dtype == at::kBFloat16 || dtype == at::kFloat || dtype == at::kDouble, name,
+namespace {
+
+bool is_half_precision(at::ScalarType dtype) { return dtype == at::kHalf || dtype == at::kBFloat16; }
+
+// Whether a kernel for x of `dtype` reads this one beside it.
+bool is_same_or_wider(at::ScalarType other, at::ScalarType dtype) {
+  return other == dtype || (is_half_precision(dtype) && other == at::kFloat);
+}
+
+void check_dtype(const at::Tensor& tensor, const char* name) {
+  const auto dtype = tensor.scalar_type();
+  TORCH_CHECK_TYPE(is_half_precision(dtype) || dtype == at::kFloat || dtype == at::kDouble, name,
                    " must be float16, bfloat16, float32 or float64, but got ", c10::getDtypeNames(dtype).first);
+}
+
+void check_device(const at::Tensor& tensor, const char* name, const at::Tensor& x, const char* x_name = "x") {
+  TORCH_CHECK_VALUE(tensor.device() == x.device(), name, " must be on ", x.device(), ", where ", x_name,
+                    " is, but got ", tensor.device());
+}
+
+}  // namespace
+
+void check_input(const at::Tensor& x, const char* name) {
+  check_dtype(x, name);
   TORCH_CHECK_VALUE(x.dim() > 0, name, " must have at least one dimension, the samples, but got a 0-dim tensor");
 }
 
@@ -77,32 +93,24 @@ void check_drop_prob(double drop_prob) {
   TORCH_CHECK_VALUE(drop_prob >= 0.0 && drop_prob <= 1.0, "drop_prob must be in [0, 1], but got ", drop_prob);
 }
 
-void check_keep(const at::Tensor& keep, const at::Tensor& x) {
+void check_keep(const at::Tensor& keep, const at::Tensor& x, bool may_be_empty) {
   TORCH_CHECK_TYPE(keep.scalar_type() == at::kBool, "keep must be bool, but got ",
                    c10::getDtypeNames(keep.scalar_type()).first);
   TORCH_CHECK_VALUE(keep.device() == x.device(), "keep must be on ", x.device(), ", but got ", keep.device());
+  if (may_be_empty && keep.sym_numel() == 0) {
+    return;
+  }
   TORCH_CHECK_VALUE(keep.dim() == 1 && (keep.sym_size(0) == 1 || keep.sym_size(0) == x.sym_size(0)),
                     "keep must have one entry for each of ", x.sym_size(0), " samples, or one in all, but got shape ",
                     keep.sym_sizes());
 }
-
-namespace {
-
-bool is_half_precision(at::ScalarType dtype) { return dtype == at::kHalf || dtype == at::kBFloat16; }
-
-void check_device(const at::Tensor& tensor, const char* name, const at::Tensor& x) {
-  TORCH_CHECK_VALUE(tensor.device() == x.device(), name, " must be on ", x.device(), ", where x is, but got ",
-                    tensor.device());
-}
-
-}  // namespace
 
 void check_add_inputs(const at::Tensor& x, const at::Tensor& residual, const std::optional<at::Tensor>& gamma) {
   check_input(x, "x");
   check_input(residual, "residual");
   check_device(residual, "residual", x);
   if (gamma) {
-    check_input(*gamma, "gamma");
+    check_dtype(*gamma, "gamma");
     check_device(*gamma, "gamma", x);
   }
   TORCH_CHECK_VALUE(residual.sym_sizes().equals(x.sym_sizes()), "residual must have the shape of x, ", x.sym_sizes(),
@@ -120,30 +128,27 @@ void check_add_backward_inputs(const at::Tensor& grad, const std::optional<at::T
                                const std::optional<at::Tensor>& gamma, const at::Tensor& keep, at::ScalarType dtype,
                                std::array<bool, 2> output_mask) {
   check_input(grad, "grad");
-  if (keep.sym_numel() != 0) {
-    check_keep(keep, grad);
-  }
+  check_keep(keep, grad, /*may_be_empty=*/true);
+  TORCH_CHECK_TYPE(is_same_or_wider(grad.scalar_type(), dtype), "no kernel reads grad of dtype ", grad.scalar_type(),
+                   " for x of dtype ", dtype);
   TORCH_CHECK_VALUE(!output_mask[1] || (x && gamma), "the gradient of gamma needs both x and gamma");
   if (gamma) {
-    check_input(*gamma, "gamma");
+    check_device(*gamma, "gamma", grad, "grad");
+    TORCH_CHECK_TYPE(is_same_or_wider(gamma->scalar_type(), dtype), "no kernel reads gamma of dtype ",
+                     gamma->scalar_type(), " for x of dtype ", dtype);
     gamma_dim(grad, *gamma);
   }
   if (x) {
+    check_device(*x, "x", grad, "grad");
+    TORCH_CHECK_TYPE(x->scalar_type() == dtype, "x must be of dtype ", dtype, ", but got ", x->scalar_type());
     TORCH_CHECK_VALUE(x->sym_sizes().equals(grad.sym_sizes()), "x must have the shape of grad, ", grad.sym_sizes(),
                       ", but got ", x->sym_sizes());
-    TORCH_CHECK_TYPE(x->scalar_type() == dtype, "x must be of dtype ", dtype, ", but got ", x->scalar_type());
   }
-  TORCH_CHECK_TYPE(dtype == grad.scalar_type() || (grad.scalar_type() == at::kFloat && is_half_precision(dtype)),
-                   "grad must be of dtype ", dtype, " or a wider one that a kernel serves, but got ",
-                   grad.scalar_type());
 }
 
 bool is_fused_mix(const at::Tensor& x, const at::Tensor& residual, const std::optional<at::Tensor>& gamma) {
   const auto dtype = x.scalar_type();
-  const auto is_same_or_wider = [&](const at::Tensor& other) {
-    return other.scalar_type() == dtype || (is_half_precision(dtype) && other.scalar_type() == at::kFloat);
-  };
-  return is_same_or_wider(residual) && (!gamma || is_same_or_wider(*gamma));
+  return is_same_or_wider(residual.scalar_type(), dtype) && (!gamma || is_same_or_wider(gamma->scalar_type(), dtype));
 }
 
 at::ScalarType add_dtype(const at::Tensor& x, const at::Tensor& residual, const std::optional<at::Tensor>& gamma) {
@@ -207,11 +212,22 @@ Input with_rows(const at::Tensor& x, const at::Tensor& out, const Rows& rows) {
   return {copy, find_row_strides(copy, out, rows).value()};
 }
 
+at::Tensor dense_like(const at::Tensor& grad) {
+  return grad.is_non_overlapping_and_dense() ? grad : at::empty_like(grad).copy_(grad);
+}
+
 int64_t gamma_dim(const at::Tensor& x, const at::Tensor& gamma) {
-  const auto size = [&](int64_t dim) { return gamma.sym_size(dim - x.dim() + gamma.dim()); };
   const int64_t first = x.dim() - gamma.dim();
+  const auto is_only_long_dim = [&](int64_t dim) {
+    for (int64_t other = first; other < x.dim(); ++other) {
+      if (gamma.sym_size(other - first) != (other == dim ? x.sym_size(dim) : c10::SymInt(1))) {
+        return false;
+      }
+    }
+    return true;
+  };
   for (int64_t dim = x.dim() - 1; first >= 0 && dim >= std::max<int64_t>(first, 1); --dim) {
-    if (size(dim) == x.sym_size(dim) && gamma.sym_numel() == size(dim)) {
+    if (is_only_long_dim(dim)) {
       return dim;
     }
   }

@@ -28,7 +28,7 @@ std::tuple<at::Tensor, at::Tensor> drop_path_add_backward(const at::Tensor& grad
 // Each raises one sentence that names the argument, its value and the rule.
 void check_input(const at::Tensor& x, const char* name);
 void check_drop_prob(double drop_prob);
-void check_keep(const at::Tensor& keep, const at::Tensor& x);
+void check_keep(const at::Tensor& keep, const at::Tensor& x, bool may_be_empty = false);
 void check_add_inputs(const at::Tensor& x, const at::Tensor& residual, const std::optional<at::Tensor>& gamma);
 void check_add_backward_inputs(const at::Tensor& grad, const std::optional<at::Tensor>& x,
                                const std::optional<at::Tensor>& gamma, const at::Tensor& keep, at::ScalarType dtype,
@@ -65,6 +65,9 @@ struct Input {
   RowStrides strides;
 };
 Input with_rows(const at::Tensor& x, const at::Tensor& out, const Rows& rows);
+
+// grad itself, or a dense copy in the layout that at::empty_like gives.
+at::Tensor dense_like(const at::Tensor& grad);
 
 // The dimension of x along which gamma has entries.
 int64_t gamma_dim(const at::Tensor& x, const at::Tensor& gamma);

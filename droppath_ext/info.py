@@ -59,7 +59,7 @@ def self_test(device: str) -> None:
 
 
 def _self_test_add(x: Tensor, grad: Tensor, drop_prob: float) -> None:
-    """The same of drop_path_add, whose sums may differ in the last bits."""
+    """Run drop_path_add both ways on these inputs; its sums may differ from the formula in the last bits."""
     residual = torch.randn_like(x).requires_grad_()
     gamma = torch.rand(x.shape[-1], device=x.device).add_(0.5).to(x.dtype).requires_grad_()
     inputs = (x, residual, gamma)

@@ -10,11 +10,18 @@ from torch import Generator, Tensor
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_input(x: Tensor, name: str = "x") -> None:
-    """Raise unless ``name`` has a floating-point dtype and a batch dimension. The kernels' own checks read the same."""
+def check_dtype(x: Tensor, name: str) -> None:
+    """Raise unless ``name`` is a tensor of a floating-point dtype."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a Tensor, but got {type(x).__name__}")
     if x.dtype not in DTYPES:
         dtype = str(x.dtype).removeprefix("torch.")
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, but got {dtype}")
+
+
+def check_input(x: Tensor, name: str = "x") -> None:
+    """Raise unless ``name`` has such a dtype and a batch dimension. The kernels' own checks read the same."""
+    check_dtype(x, name)
     if x.is_nested and x.layout is not torch.jagged:
         raise TypeError(f"{name} must be a nested tensor of layout torch.jagged, but got {x.layout}")
     if x.ndim == 0:
@@ -61,12 +68,13 @@ def add_kept(x: Tensor, residual: Tensor, gamma: Tensor | None, keep: Tensor | N
     """
     dtype = add_dtype(x, residual, gamma)
     opmath = torch.float64 if dtype is torch.float64 else torch.float32
-    branch = x.to(opmath) * scale
+    branch = x.to(opmath)
     if gamma is not None:
         if keep is not None:
             # Also before gamma: its gradient must not meet the NaN of a dropped sample, not even times zero.
             branch = mask_dropped(branch, keep, 0.0)
         branch = branch * gamma.to(opmath)
+    branch = branch * scale
     if keep is not None:
         branch = mask_dropped(branch, keep, -0.0)  # adding -0, unlike +0, changes no number
     return (branch + residual.to(opmath)).to(dtype)
@@ -88,10 +96,12 @@ def gamma_dim(x: Tensor, gamma: Tensor) -> int:
 def check_add_inputs(x: Tensor, residual: Tensor, gamma: Tensor | None) -> None:
     """Raise unless x, residual and gamma can be combined. The kernels' own checks read the same."""
     check_input(x)
-    for name, tensor in (("residual", residual), ("gamma", gamma)):
-        if tensor is None:
-            continue
-        check_input(tensor, name)
+    check_input(residual, "residual")
+    operands = {"residual": residual}
+    if gamma is not None:
+        check_dtype(gamma, "gamma")
+        operands["gamma"] = gamma
+    for name, tensor in operands.items():
         if tensor.device != x.device:
             raise ValueError(f"{name} must be on {x.device}, where x is, but got {tensor.device}")
     if residual.shape != x.shape:

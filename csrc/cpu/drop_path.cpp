@@ -5,6 +5,7 @@
 #include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <type_traits>
 
 #include "../keep_mask.h"
@@ -72,25 +73,25 @@ void add_kept(const at::Tensor& out, const at::Tensor* residual, const at::Tenso
   const auto factors = make_factors<F>(out, gamma, scale);
   const Factors<F> one(1);
   const Store store = store_of(out);
-  const Input branch = with_rows(x, out, rows);
-  const auto* branch_data = branch.tensor.const_data_ptr<TX>();
+  const Input x_rows = with_rows(x, out, rows);
+  const auto* x_data = x_rows.tensor.const_data_ptr<TX>();
   auto* out_data = out.mutable_data_ptr<TO>();
-  std::optional<Input> shortcut;
-  const TR* shortcut_data = nullptr;
+  Input residual_rows;
+  const TR* residual_data = nullptr;
   if constexpr (!std::is_void_v<TR>) {
-    shortcut = with_rows(*residual, out, rows);
-    shortcut_data = shortcut->tensor.const_data_ptr<TR>();
+    residual_rows = with_rows(*residual, out, rows);
+    residual_data = residual_rows.tensor.const_data_ptr<TR>();
   }
   const RowCost cost = residual == nullptr ? RowCost{2, 1} : RowCost{3, 2};
   parallel_rows(rows, mask_data(keep), cost, [&](const RowPart& part) {
     const int64_t place = part.row * rows.length + part.column;
     TO* to = out_data + place;
-    const TR* from = shortcut_data;
+    const TR* from = residual_data;
     if constexpr (!std::is_void_v<TR>) {
-      from += shortcut->strides.offset_of(part.row, rows) + part.column;
+      from += residual_rows.strides.offset_of(part.row, rows) + part.column;
     }
     if (part.is_kept) {
-      const TX* source = branch_data + branch.strides.offset_of(part.row, rows) + part.column;
+      const TX* source = x_data + x_rows.strides.offset_of(part.row, rows) + part.column;
       add_span<TO, TR, TX>(to, from, source, factors, place, part.size, store);
     } else if constexpr (std::is_void_v<TR> || std::is_same_v<TR, TO>) {
       fill_span(to, from, part.size * sizeof(TO), store);
@@ -105,9 +106,12 @@ template <typename F>
 struct ChannelSums {
   explicit ChannelSums(int64_t channels) : parts(channels + Factors<F>::kBlock), totals(parts.size()) {}
 
+  // Terms that may be added to the parts at once.
+  int64_t limit() const { return 64 * static_cast<int64_t>(parts.size()); }
+
   void count(int64_t terms) {
     pending += terms;
-    if (pending > 64 * static_cast<int64_t>(parts.size())) {
+    if (pending >= limit()) {
       for (size_t i = 0; i < parts.size(); ++i) {
         totals[i] += parts[i];
         parts[i] = 0;
@@ -139,8 +143,8 @@ at::Tensor backward_kept(const at::Tensor* grad_x, const at::Tensor& grad, const
   const Rows rows = find_rows(grad, keep.numel());
   const auto factors = make_factors<F>(grad, gamma, scale);
   const int64_t channels = factors.channels().count;
-  const Input branch = with_rows(x, grad, rows);
-  const auto* branch_data = branch.tensor.const_data_ptr<TX>();
+  const Input x_rows = with_rows(x, grad, rows);
+  const auto* x_data = x_rows.tensor.const_data_ptr<TX>();
   const auto* grad_data = grad.const_data_ptr<TG>();
   TX* grad_x_data = grad_x == nullptr ? nullptr : grad_x->mutable_data_ptr<TX>();
   const Store store = grad_x == nullptr ? Store::kCached : store_of(*grad_x);
@@ -151,10 +155,14 @@ at::Tensor backward_kept(const at::Tensor* grad_x, const at::Tensor& grad, const
     const int64_t place = part.row * rows.length + part.column;
     TX* to = grad_x_data == nullptr ? nullptr : grad_x_data + place;
     if (part.is_kept) {
-      const TX* source = branch_data + branch.strides.offset_of(part.row, rows) + part.column;
+      const TX* source = x_data + x_rows.strides.offset_of(part.row, rows) + part.column;
       auto& thread_sums = sums[part.thread];
-      backward_span<TG, TX>(to, thread_sums.parts.data(), grad_data + place, source, factors, place, part.size, store);
-      thread_sums.count(part.size);
+      for (int64_t i = 0, n; i < part.size; i += n) {
+        n = std::min(part.size - i, thread_sums.limit());
+        backward_span<TG, TX>(to == nullptr ? nullptr : to + i, thread_sums.parts.data(), grad_data + place + i,
+                              source + i, factors, place + i, n, store);
+        thread_sums.count(n);
+      }
     } else if (to != nullptr) {
       fill_span(to, nullptr, part.size * sizeof(TX), store);
     }
@@ -233,8 +241,7 @@ std::tuple<at::Tensor, at::Tensor> drop_path_add_backward_cpu(const at::Tensor& 
                                                               at::ScalarType dtype, std::array<bool, 2> output_mask) {
   check_add_backward_inputs(grad, x, gamma, keep, dtype, output_mask);
   const at::Tensor dense_keep = keep.contiguous();
-  const at::Tensor dense_grad = grad.is_non_overlapping_and_dense() ? grad : grad.contiguous();
-  at::Tensor grad_x = output_mask[0] ? allocate_like(dense_grad, dtype) : at::detail::empty_cpu({0}, dtype);
+  at::Tensor grad_x = output_mask[0] ? allocate_like(grad, dtype) : at::detail::empty_cpu({0}, dtype);
   at::Tensor grad_gamma = at::detail::empty_cpu({0}, dtype);
   if (grad.numel() == 0) {
     return {grad_x, output_mask[1] ? at::zeros_like(*gamma, at::MemoryFormat::Contiguous) : grad_gamma};
@@ -243,10 +250,10 @@ std::tuple<at::Tensor, at::Tensor> drop_path_add_backward_cpu(const at::Tensor& 
     const auto run = [&](auto grad_type) {
       using TG = decltype(grad_type);
       if (output_mask[1]) {
-        grad_gamma =
-            backward_kept<TG, scalar_t>(output_mask[0] ? &grad_x : nullptr, dense_grad, *x, *gamma, dense_keep, scale);
+        grad_gamma = backward_kept<TG, scalar_t>(output_mask[0] ? &grad_x : nullptr, dense_like(grad), *x, *gamma,
+                                                 dense_keep, scale);
       } else if (output_mask[0]) {
-        add_kept<scalar_t, void, TG>(grad_x, nullptr, dense_grad, gamma, dense_keep, scale);
+        add_kept<scalar_t, void, TG>(grad_x, nullptr, grad, gamma, dense_keep, scale);
       }
     };
     if (grad.scalar_type() == dtype) {

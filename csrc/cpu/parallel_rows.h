@@ -54,11 +54,11 @@ inline RowPosition position_after(int64_t work, int64_t samples_cost, const Rows
   const int64_t outer = work / samples_cost;
   work -= outer * samples_cost;
   int64_t sample = 0;
-  while (work >= rows.length * cost(keep[sample])) {
+  while (outer * rows.samples + sample < rows.count && work >= rows.length * cost(keep[sample])) {
     work -= rows.length * cost(keep[sample]);
     ++sample;
   }
-  return {outer * rows.samples + sample, work / cost(keep[sample]) / kColumns * kColumns};
+  return {outer * rows.samples + sample, work == 0 ? 0 : work / cost(keep[sample]) / kColumns * kColumns};
 }
 
 // Part of a row, and which thread works on it.

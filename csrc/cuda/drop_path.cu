@@ -95,32 +95,32 @@ void add_kept(const at::Tensor& out, const at::Tensor* residual, const at::Tenso
               const Mask& mask, int64_t keep_size, double scale) {
   constexpr int kWidth = kVectorWidth<TO, TX>;
   const Rows rows = find_rows(out, keep_size);
-  const Input branch = with_rows(x, out, rows);
+  const Input x_rows = with_rows(x, out, rows);
   auto* out_data = static_cast<TO*>(out.mutable_data_ptr());
-  const auto* x_data = data_of<TX>(branch.tensor);
+  const auto* x_data = data_of<TX>(x_rows.tensor);
   bool vectorizes =
-      rows.length % kWidth == 0 && is_aligned<kWidth>(out_data) && is_vectorizable<kWidth>(x_data, branch.strides);
-  Input shortcut{};
+      rows.length % kWidth == 0 && is_aligned<kWidth>(out_data) && is_vectorizable<kWidth>(x_data, x_rows.strides);
+  Input residual_rows{};
   const TR* residual_data = nullptr;
   if constexpr (!std::is_void_v<TR>) {
-    shortcut = with_rows(*residual, out, rows);
-    residual_data = data_of<TR>(shortcut.tensor);
-    vectorizes = vectorizes && is_vectorizable<kWidth>(residual_data, shortcut.strides);
+    residual_rows = with_rows(*residual, out, rows);
+    residual_data = data_of<TR>(residual_rows.tensor);
+    vectorizes = vectorizes && is_vectorizable<kWidth>(residual_data, residual_rows.strides);
   }
-  at::Tensor weight;
+  at::Tensor dense_gamma;
   Channels channels{1, 1};
   if constexpr (kHasGamma) {
-    weight = readable_gamma<TX>(*gamma);
+    dense_gamma = readable_gamma<TX>(*gamma);
     channels = find_channels(out, *gamma);
   }
   const auto launch = [&](auto width) {
     constexpr int kLaunchWidth = decltype(width)::value;
     Gamma operand{};
     if constexpr (kHasGamma) {
-      operand = gamma_operand<TX, kLaunchWidth>(weight, channels);
+      operand = gamma_operand<TX, kLaunchWidth>(dense_gamma, channels);
     }
     launch_add_kept<TO, TR, TX, kLaunchWidth, kHasGamma>(out_data, residual_data, x_data, mask, operand, rows,
-                                                         branch.strides, shortcut.strides, scale);
+                                                         x_rows.strides, residual_rows.strides, scale);
   };
   if (vectorizes) {
     launch(std::integral_constant<int, kWidth>());
@@ -149,20 +149,23 @@ at::Tensor backward_kept(const at::Tensor* grad_x, const at::Tensor& grad, const
   constexpr int kWidth = kVectorWidth<TG, TX>;
   const Rows rows = find_rows(grad, keep_size);
   const Channels channels = find_channels(grad, gamma);
-  const Input branch = with_rows(x, grad, rows);
-  const at::Tensor weight = readable_gamma<TX>(gamma);
+  const Input x_rows = with_rows(x, grad, rows);
+  const at::Tensor dense_gamma = readable_gamma<TX>(gamma);
   BackwardArgs<TG, TX> args{grad_x == nullptr ? nullptr : static_cast<TX*>(grad_x->mutable_data_ptr()),
                             nullptr,
                             data_of<TG>(grad),
-                            data_of<TX>(branch.tensor),
+                            data_of<TX>(x_rows.tensor),
                             mask,
                             Gamma{},
                             rows,
-                            branch.strides,
+                            x_rows.strides,
                             static_cast<F>(scale)};
-  const bool vectorizes = (channels.inner == 1 ? channels.count : channels.inner) % kWidth == 0 &&
-                          is_aligned<kWidth>(args.grad) && is_aligned<kWidth>(args.grad_x) &&
-                          is_vectorizable<kWidth>(args.x, branch.strides);
+  const auto vectorizes = [&](auto width) {
+    constexpr int kTriedWidth = decltype(width)::value;
+    return (channels.inner == 1 ? channels.count : channels.inner) % kTriedWidth == 0 &&
+           is_aligned<kTriedWidth>(args.grad) && is_aligned<kTriedWidth>(args.grad_x) &&
+           is_vectorizable<kTriedWidth>(args.x, x_rows.strides);
+  };
   const auto stream = c10::cuda::getCurrentCUDAStream();
   at::Tensor parts;
   const auto allocate_parts = [&](int64_t count) {
@@ -171,7 +174,7 @@ at::Tensor backward_kept(const at::Tensor* grad_x, const at::Tensor& grad, const
   };
   const auto launch = [&](auto width) {
     constexpr int kLaunchWidth = decltype(width)::value;
-    args.gamma = gamma_operand<TX, kLaunchWidth>(weight, channels);
+    args.gamma = gamma_operand<TX, kLaunchWidth>(dense_gamma, channels);
     if (channels.inner == 1) {
       const Columns columns = Columns::make(channels.count, kLaunchWidth);
       const int64_t lines = grad.numel() / channels.count;
@@ -183,16 +186,23 @@ at::Tensor backward_kept(const at::Tensor* grad_x, const at::Tensor& grad, const
       columns_backward_kernel<TG, TX, kLaunchWidth>
           <<<check_blocks(count * columns.tiles), kThreads, 0, stream>>>(args, columns, count);
     } else {
-      constexpr int kPlanes = kThreads / kWarp;
+      constexpr int kSegmentsOfBlock = kThreads / kWarp;
+      const Segments segments = Segments::make(channels.inner);
       const int64_t planes = grad.numel() / channels.inner;
-      allocate_parts(planes / channels.count);
+      allocate_parts(planes / channels.count * segments.count);
+      const int64_t blocks = (planes * segments.count + kSegmentsOfBlock - 1) / kSegmentsOfBlock;
       planes_backward_kernel<TG, TX, kLaunchWidth>
-          <<<check_blocks((planes + kPlanes - 1) / kPlanes), kThreads, 0, stream>>>(args, planes);
+          <<<check_blocks(blocks), kThreads, 0, stream>>>(args, segments, planes);
     }
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   };
-  if (vectorizes) {
-    launch(std::integral_constant<int, kWidth>());
+  constexpr auto kWhole = std::integral_constant<int, kWidth>{};
+  constexpr auto kHalf =
+      std::integral_constant<int, kWidth == 8 ? 4 : 1>{};  // 14 * 14 elements are no whole vectors of 8
+  if (vectorizes(kWhole)) {
+    launch(kWhole);
+  } else if (vectorizes(kHalf)) {
+    launch(kHalf);
   } else {
     launch(std::integral_constant<int, 1>());
   }
@@ -269,16 +279,16 @@ std::tuple<at::Tensor, at::Tensor> drop_path_add_cuda(const at::Tensor& x, const
   at::Tensor out = at::empty_like(x, x.options().dtype(dtype));
   dispatch(x.scalar_type(), [&](auto type) {
     using T = decltype(type);
-    const at::Tensor* weight = gamma ? &*gamma : nullptr;
+    const at::Tensor* gamma_pointer = gamma ? &*gamma : nullptr;
     if (dtype == x.scalar_type()) {
-      (gamma ? add_kept<T, T, T, true> : add_kept<T, T, T, false>)(out, &residual, x, weight, mask, keep.numel(),
+      (gamma ? add_kept<T, T, T, true> : add_kept<T, T, T, false>)(out, &residual, x, gamma_pointer, mask, keep.numel(),
                                                                    scale);
     } else if constexpr (sizeof(T) == 2) {
       if (residual.scalar_type() == x.scalar_type()) {
-        add_kept<float, T, T, true>(out, &residual, x, weight, mask, keep.numel(), scale);
+        add_kept<float, T, T, true>(out, &residual, x, gamma_pointer, mask, keep.numel(), scale);
       } else {
-        (gamma ? add_kept<float, float, T, true> : add_kept<float, float, T, false>)(out, &residual, x, weight, mask,
-                                                                                     keep.numel(), scale);
+        (gamma ? add_kept<float, float, T, true> : add_kept<float, float, T, false>)(out, &residual, x, gamma_pointer,
+                                                                                     mask, keep.numel(), scale);
       }
     }
   });
@@ -294,33 +304,31 @@ std::tuple<at::Tensor, at::Tensor> drop_path_add_backward_cuda(const at::Tensor&
   const c10::cuda::CUDAGuard guard(grad.device());
   const at::Tensor dense_keep = keep.contiguous();
   const Mask mask = saved_mask(dense_keep);
-  at::Tensor dense_grad = grad.is_non_overlapping_and_dense() ? grad : grad.contiguous();
-  if (output_mask[1] && grad.numel() != 0) {
+  const auto options = grad.options().dtype(dtype);
+  at::Tensor grad_x = output_mask[0] ? at::empty_like(grad, options) : at::empty({0}, options);
+  at::Tensor grad_gamma = at::empty({0}, options);
+  if (grad.numel() == 0) {
+    return {grad_x, output_mask[1] ? at::zeros_like(*gamma, at::MemoryFormat::Contiguous) : grad_gamma};
+  }
+  at::Tensor dense_grad, dense_grad_x = grad_x;
+  if (output_mask[1]) {
+    dense_grad = dense_like(grad);
     const Channels channels = find_channels(dense_grad, *gamma);
     if (find_rows(dense_grad, keep.numel()).length % (channels.inner * channels.count) != 0) {
-      dense_grad = dense_grad.contiguous();  // a channel is spread over several samples
+      // A channel is spread over the samples, say in [B, C] stored as [C, B].
+      dense_grad = grad.contiguous();
+      dense_grad_x = output_mask[0] ? at::empty_like(dense_grad, options) : grad_x;
     }
-  }
-  const auto options = grad.options().dtype(dtype);
-  at::Tensor grad_x = output_mask[0] ? at::empty_like(dense_grad, options) : at::empty({0}, options);
-  at::Tensor grad_gamma;
-  if (!output_mask[1]) {
-    grad_gamma = at::empty({0}, options);
-  } else if (grad.numel() == 0) {
-    grad_gamma = at::zeros_like(*gamma, at::MemoryFormat::Contiguous);
-  }
-  if (grad.numel() == 0) {
-    return {std::move(grad_x), std::move(grad_gamma)};
   }
   dispatch(dtype, [&](auto type) {
     using T = decltype(type);
     const auto run = [&](auto grad_type) {
       using TG = decltype(grad_type);
       if (output_mask[1]) {
-        grad_gamma =
-            backward_kept<TG, T>(output_mask[0] ? &grad_x : nullptr, dense_grad, *x, *gamma, mask, keep.numel(), scale);
+        grad_gamma = backward_kept<TG, T>(output_mask[0] ? &dense_grad_x : nullptr, dense_grad, *x, *gamma, mask,
+                                          keep.numel(), scale);
       } else if (output_mask[0]) {
-        (gamma ? add_kept<T, void, TG, true> : add_kept<T, void, TG, false>)(grad_x, nullptr, dense_grad,
+        (gamma ? add_kept<T, void, TG, true> : add_kept<T, void, TG, false>)(grad_x, nullptr, grad,
                                                                              gamma ? &*gamma : nullptr, mask,
                                                                              keep.numel(), scale);
       }
@@ -331,6 +339,9 @@ std::tuple<at::Tensor, at::Tensor> drop_path_add_backward_cuda(const at::Tensor&
       run(float());
     }
   });
+  if (!dense_grad_x.is_same(grad_x)) {
+    grad_x.copy_(dense_grad_x);
+  }
   return {std::move(grad_x), std::move(grad_gamma)};
 }
 

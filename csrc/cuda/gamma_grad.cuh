@@ -120,26 +120,47 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// channels.inner > 1: a warp takes a plane, the `inner` neighbours that share a channel, and writes its sum.
+// How a plane, the `inner` neighbours that share a channel, is cut where it is too much for one warp.
+struct Segments {
+  int64_t count;   // of a plane
+  int64_t length;  // of all but the last, a multiple of every width
+
+  static Segments make(int64_t inner) {
+    constexpr int64_t kLength = 4096;
+    const int64_t count = (inner + kLength - 1) / kLength;
+    const int64_t length = ((inner + count - 1) / count + 15) / 16 * 16;
+    return {(inner + length - 1) / length, length};
+  }
+};
+
+// channels.inner > 1: a warp takes a segment and writes its sum.
 template <typename TG, typename TX, int kWidth>
-__global__ void __launch_bounds__(kThreads) planes_backward_kernel(BackwardArgs<TG, TX> args, int64_t planes) {
+__global__ void __launch_bounds__(kThreads)
+    planes_backward_kernel(BackwardArgs<TG, TX> args, Segments segments, int64_t planes) {
   using F = Opmath<TX>;
   const int64_t inner = args.gamma.channels.inner;
-  const int64_t plane = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
+  const int64_t channels = args.gamma.channels.count;
+  const int64_t warp = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
   const int lane = threadIdx.x % kWarp;
+  const int64_t plane = segments.count == 1 ? warp : divide(warp, segments.count);
   if (plane >= planes) {
     return;
   }
+  const int64_t segment = warp - plane * segments.count;
   const int64_t planes_per_row = divide(args.rows.length, inner);
   const int64_t row = divide(plane, planes_per_row);
   const bool is_kept = args.mask(args.rows.sample_of(row));
   const int64_t place = plane * inner;
   const int64_t source = args.strides.offset_of(row, args.rows) + (plane - row * planes_per_row) * inner;
-  const F factor = args.gamma.template value<TX>(args.gamma.channels.channel_of(place)) * args.scale;
+  const int64_t outer = divide(plane, channels);
+  const int64_t channel = plane - outer * channels;
+  const F factor = args.gamma.template value<TX>(channel) * args.scale;
+  const int64_t first = segment * segments.length;
+  const int64_t last = first + segments.length < inner ? first + segments.length : inner;
 
   F sum = 0;
 #pragma unroll 4
-  for (int64_t i = lane * kWidth; i < inner; i += kWarp * kWidth) {
+  for (int64_t i = first + lane * kWidth; i < last; i += kWarp * kWidth) {
     Vector<TX, kWidth> result{};
     if (is_kept) {
       const auto grads = load_vector<TG, kWidth>(args.grad + place + i);
@@ -160,7 +181,7 @@ __global__ void __launch_bounds__(kThreads) planes_backward_kernel(BackwardArgs<
     sum += __shfl_xor_sync(0xffffffff, sum, distance);
   }
   if (lane == 0) {
-    args.parts[plane] = sum;
+    args.parts[(outer * segments.count + segment) * channels + channel] = sum;
   }
 }
 

@@ -19,16 +19,17 @@ __device__ inline Vector<T, kWidth> load_vector(const T* from) {
   return *reinterpret_cast<const Vector<T, kWidth>*>(from);
 }
 
-// In stores of 16 bytes by name: of a struct the compiler may make one for each element.
+// In wide stores by name: of a struct the compiler may make one for each element.
 template <typename T, int kWidth>
 __device__ inline void store_vector(T* to, const Vector<T, kWidth>& vector) {
-  if constexpr (sizeof(vector) % sizeof(uint4) == 0) {
+  using Wide = std::conditional_t<sizeof(vector) % sizeof(uint4) == 0, uint4, uint2>;
+  if constexpr (sizeof(vector) % sizeof(Wide) == 0) {
 #pragma unroll
-    for (int i = 0; i < sizeof(vector) / sizeof(uint4); ++i) {
-      __stwb(reinterpret_cast<uint4*>(to) + i, reinterpret_cast<const uint4*>(&vector)[i]);
+    for (int i = 0; i < sizeof(vector) / sizeof(Wide); ++i) {
+      __stwb(reinterpret_cast<Wide*>(to) + i, reinterpret_cast<const Wide*>(&vector)[i]);
     }
   } else {
-    *reinterpret_cast<Vector<T, kWidth>*>(to) = vector;
+    *to = vector.values[0];
   }
 }
 
