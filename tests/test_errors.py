@@ -211,7 +211,7 @@ WRONG_SHAPES = {
     "gamma of samples": ((4,), (4,), (4,), rule("gamma", r"\[4\]")),
     "gamma of nothing": ((4, 3), (4, 3), (0,), rule("gamma", r"\[0\]")),
     "gamma along two dims, one of them empty": ((4, 5, 0), (4, 5, 0), (5, 0), rule("gamma", r"\[5, 0\]")),
-    "gamma of no dimension": ((4, 3), (4, 3), (), rule("gamma", "0-dim")),
+    "gamma of no dimension": ((4, 3), (4, 3), (), rule("gamma", r"0-dim|\[\]")),
     "x of no dimension": ((), (), None, rule(r"\bx\b", "0-dim")),
     "residual of no dimension": ((4, 3), (), None, rule("residual", "0-dim")),
 }
