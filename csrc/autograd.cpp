@@ -37,6 +37,11 @@ struct DropPath : torch::autograd::Function<DropPath> {
   }
 };
 
+// Tensor::to, which takes its time to find that there is nothing to do.
+at::Tensor cast(const at::Tensor& tensor, at::ScalarType dtype) {
+  return tensor.scalar_type() == dtype ? tensor : tensor.to(dtype);
+}
+
 struct DropPathAdd : torch::autograd::Function<DropPathAdd> {
   // Places among the tensors of the inputs, as needs_input_grad counts them, and in what backward returns.
   enum Input { kX, kResidual, kGamma };
@@ -73,7 +78,7 @@ struct DropPathAdd : torch::autograd::Function<DropPathAdd> {
     const auto dtype = ctx->saved_data["dtype"].toScalarType();
     if (saved[0].sym_numel() == 0 && !saved[2].defined()) {
       // Neither mask nor gamma: a plain addition.
-      result[kX] = needs_x ? grad.to(dtype) : at::Tensor();
+      result[kX] = needs_x ? cast(grad, dtype) : at::Tensor();
     } else if (needs_x || needs_gamma) {
       auto [grad_x, grad_gamma] =
           drop_path_add_backward(grad, needs_gamma ? defined(saved[1]) : std::nullopt, defined(saved[2]), saved[0],
@@ -82,7 +87,7 @@ struct DropPathAdd : torch::autograd::Function<DropPathAdd> {
       result[kGamma] = needs_gamma ? grad_gamma : at::Tensor();
     }
     if (ctx->needs_input_grad(kResidual)) {
-      result[kResidual] = grad.to(ctx->saved_data["residual_dtype"].toScalarType());
+      result[kResidual] = cast(grad, ctx->saved_data["residual_dtype"].toScalarType());
     }
     return result;
   }

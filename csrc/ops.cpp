@@ -235,9 +235,8 @@ int64_t gamma_dim(const at::Tensor& x, const at::Tensor& gamma) {
                     gamma.sym_sizes(), " for x of shape ", x.sym_sizes());
 }
 
-Channels find_channels(const at::Tensor& out, const at::Tensor& gamma) {
-  const int64_t dim = gamma_dim(out, gamma);
-  return {out.size(dim) == 1 ? 1 : out.stride(dim), out.size(dim)};
+Channels find_channels(const at::Tensor& out, int64_t gamma_dim) {
+  return {out.size(gamma_dim) == 1 ? 1 : out.stride(gamma_dim), out.size(gamma_dim)};
 }
 
 namespace {

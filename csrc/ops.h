@@ -71,6 +71,6 @@ at::Tensor dense_like(const at::Tensor& grad);
 
 // The dimension of x along which gamma has entries.
 int64_t gamma_dim(const at::Tensor& x, const at::Tensor& gamma);
-Channels find_channels(const at::Tensor& out, const at::Tensor& gamma);
+Channels find_channels(const at::Tensor& out, int64_t gamma_dim);
 
 }  // namespace droppath_ext

@@ -52,16 +52,13 @@ Factors<F> make_factors(const at::Tensor& out, const std::optional<at::Tensor>& 
   if (!gamma) {
     return Factors<F>(static_cast<F>(scale));
   }
-  std::vector<F> values(gamma->numel());
-  const int64_t dim = gamma_dim(out, *gamma) - out.dim() + gamma->dim();
-  const int64_t stride = gamma->stride(dim);
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, gamma->scalar_type(), "gamma", [&] {
+  const int64_t dim = gamma_dim(out, *gamma);
+  const int64_t stride = gamma->stride(dim - out.dim() + gamma->dim());
+  return AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, gamma->scalar_type(), "gamma", [&] {
     const auto* data = gamma->const_data_ptr<scalar_t>();
-    for (size_t i = 0; i < values.size(); ++i) {
-      values[i] = static_cast<F>(static_cast<double>(data[i * stride]) * scale);
-    }
+    return Factors<F>(find_channels(out, dim),
+                      [&](int64_t i) { return static_cast<F>(static_cast<double>(data[i * stride]) * scale); });
   });
-  return Factors<F>(std::move(values), find_channels(out, *gamma));
 }
 
 // out = keep ? x * factors (+ residual) : residual or 0, row by row. TR is void where there is no residual.
@@ -103,35 +100,40 @@ void add_kept(const at::Tensor& out, const at::Tensor* residual, const at::Tenso
 
 // The sums of one thread, for each channel. Many terms are summed as sums of sums, which rounds less.
 template <typename F>
-struct ChannelSums {
-  explicit ChannelSums(int64_t channels) : parts(channels + Factors<F>::kBlock), totals(parts.size()) {}
+class ChannelSums {
+ public:
+  explicit ChannelSums(int64_t channels)
+      : channels_(channels), size_(channels + Factors<F>::kBlock), sums_(2 * size_, F(0)) {}
 
-  // Terms that may be added to the parts at once.
-  int64_t limit() const { return 64 * static_cast<int64_t>(parts.size()); }
+  // Where to add terms, `limit` of them at most before they are counted.
+  F* parts() { return sums_.data(); }
+  int64_t limit() const { return 64 * size_; }
 
   void count(int64_t terms) {
-    pending += terms;
-    if (pending >= limit()) {
-      for (size_t i = 0; i < parts.size(); ++i) {
-        totals[i] += parts[i];
-        parts[i] = 0;
+    pending_ += terms;
+    if (pending_ >= limit()) {
+      for (int64_t i = 0; i < size_; ++i) {
+        sums_[size_ + i] += sums_[i];
+        sums_[i] = 0;
       }
-      pending = 0;
+      pending_ = 0;
     }
   }
 
   // What lies beyond the last channel belongs to the first ones again, as in Factors.
-  F total(int64_t channel, int64_t channels) const {
+  F total(int64_t channel) const {
     F sum = 0;
-    for (size_t i = channel; i < parts.size(); i += channels) {
-      sum += totals[i] + parts[i];
+    for (int64_t i = channel; i < size_; i += channels_) {
+      sum += sums_[size_ + i] + sums_[i];
     }
     return sum;
   }
 
-  std::vector<F> parts;
-  std::vector<F> totals;
-  int64_t pending = 0;
+ private:
+  int64_t channels_;
+  int64_t size_;
+  c10::SmallVector<F, 4 * Factors<F>::kBlock> sums_;  // parts, then totals
+  int64_t pending_ = 0;
 };
 
 // grad_x = keep ? grad * factors : 0, unless grad_x is null; returns the gradient of gamma, for each channel the sum of
@@ -150,7 +152,10 @@ at::Tensor backward_kept(const at::Tensor* grad_x, const at::Tensor& grad, const
   const Store store = grad_x == nullptr ? Store::kCached : store_of(*grad_x);
   const RowCost cost = grad_x == nullptr ? RowCost{2, 0} : RowCost{3, 1};
 
-  std::vector<ChannelSums<F>> sums(row_threads(rows), ChannelSums<F>(channels));
+  c10::SmallVector<ChannelSums<F>, 1> sums;
+  for (int thread = 0; thread < row_threads(rows); ++thread) {
+    sums.emplace_back(channels);
+  }
   parallel_rows(rows, mask_data(keep), cost, [&](const RowPart& part) {
     const int64_t place = part.row * rows.length + part.column;
     TX* to = grad_x_data == nullptr ? nullptr : grad_x_data + place;
@@ -159,8 +164,8 @@ at::Tensor backward_kept(const at::Tensor* grad_x, const at::Tensor& grad, const
       auto& thread_sums = sums[part.thread];
       for (int64_t i = 0, n; i < part.size; i += n) {
         n = std::min(part.size - i, thread_sums.limit());
-        backward_span<TG, TX>(to == nullptr ? nullptr : to + i, thread_sums.parts.data(), grad_data + place + i,
-                              source + i, factors, place + i, n, store);
+        backward_span<TG, TX>(to == nullptr ? nullptr : to + i, thread_sums.parts(), grad_data + place + i, source + i,
+                              factors, place + i, n, store);
         thread_sums.count(n);
       }
     } else if (to != nullptr) {
@@ -168,13 +173,13 @@ at::Tensor backward_kept(const at::Tensor* grad_x, const at::Tensor& grad, const
     }
   });
 
-  at::Tensor grad_gamma = at::empty_like(gamma, at::MemoryFormat::Contiguous);
+  at::Tensor grad_gamma = at::detail::empty_cpu(gamma.sizes(), gamma.scalar_type());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, gamma.scalar_type(), "gamma", [&] {
     auto* data = grad_gamma.mutable_data_ptr<scalar_t>();
     for (int64_t channel = 0; channel < channels; ++channel) {
       F total = 0;
       for (const auto& thread_sums : sums) {
-        total += thread_sums.total(channel, channels);
+        total += thread_sums.total(channel);
       }
       data[channel] = static_cast<scalar_t>(total * static_cast<F>(scale));
     }

@@ -3,9 +3,9 @@
 #pragma once
 
 #include <ATen/OpMathType.h>
+#include <c10/util/SmallVector.h>
 
 #include <cstdint>
-#include <vector>
 
 #include "../rows.h"
 
@@ -15,23 +15,25 @@ namespace droppath_ext {
 template <typename F>
 class Factors {
  public:
-  explicit Factors(F scale) : channels_{INT64_MAX, 1}, values_{scale} {}
-  // values: one for each channel.
-  Factors(std::vector<F> values, Channels channels) : channels_(channels), values_(std::move(values)) {
-    // Any block of neighbours can be read at once, wherever it starts.
-    for (int64_t i = 0; i < kBlock; ++i) {
-      values_.push_back(values_[i]);
+  static constexpr int64_t kBlock = 64;  // elements that a loop takes at most at once
+
+  explicit Factors(F scale) : channels_{INT64_MAX, 1}, values_(1, scale) {}
+
+  // value_of(channel) gives one for each channel.
+  template <typename ValueOf>
+  Factors(Channels channels, const ValueOf& value_of) : channels_(channels), values_(channels.count + kBlock) {
+    // The first ones once more at the end, so that any block of neighbours can be read at once.
+    for (size_t i = 0; i < values_.size(); ++i) {
+      values_[i] = i < static_cast<size_t>(channels.count) ? value_of(i) : values_[i - channels.count];
     }
   }
 
   const Channels& channels() const { return channels_; }
   const F* values() const { return values_.data(); }
 
-  static constexpr int64_t kBlock = 64;  // elements that a loop takes at most at once
-
  private:
   Channels channels_;
-  std::vector<F> values_;
+  c10::SmallVector<F, 2 * kBlock> values_;  // small tensors should not pay for an allocation
 };
 
 // How the output is written: past the caches where it is too large to be found there later anyway.

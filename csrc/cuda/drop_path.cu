@@ -111,7 +111,7 @@ void add_kept(const at::Tensor& out, const at::Tensor* residual, const at::Tenso
   Channels channels{1, 1};
   if constexpr (kHasGamma) {
     dense_gamma = readable_gamma<TX>(*gamma);
-    channels = find_channels(out, *gamma);
+    channels = find_channels(out, gamma_dim(out, *gamma));
   }
   const auto launch = [&](auto width) {
     constexpr int kLaunchWidth = decltype(width)::value;
@@ -148,7 +148,7 @@ at::Tensor backward_kept(const at::Tensor* grad_x, const at::Tensor& grad, const
   using F = Opmath<TX>;
   constexpr int kWidth = kVectorWidth<TG, TX>;
   const Rows rows = find_rows(grad, keep_size);
-  const Channels channels = find_channels(grad, gamma);
+  const Channels channels = find_channels(grad, gamma_dim(grad, gamma));
   const Input x_rows = with_rows(x, grad, rows);
   const at::Tensor dense_gamma = readable_gamma<TX>(gamma);
   BackwardArgs<TG, TX> args{grad_x == nullptr ? nullptr : static_cast<TX*>(grad_x->mutable_data_ptr()),
@@ -313,7 +313,7 @@ std::tuple<at::Tensor, at::Tensor> drop_path_add_backward_cuda(const at::Tensor&
   at::Tensor dense_grad, dense_grad_x = grad_x;
   if (output_mask[1]) {
     dense_grad = dense_like(grad);
-    const Channels channels = find_channels(dense_grad, *gamma);
+    const Channels channels = find_channels(dense_grad, gamma_dim(dense_grad, *gamma));
     if (find_rows(dense_grad, keep.numel()).length % (channels.inner * channels.count) != 0) {
       // A channel is spread over the samples, say in [B, C] stored as [C, B].
       dense_grad = grad.contiguous();
