@@ -69,11 +69,13 @@ at::Tensor readable_gamma(const at::Tensor& gamma) {
 }
 
 template <typename TX, int kWidth>
-Gamma gamma_operand(const at::Tensor& gamma, const Channels& channels) {
+Gamma gamma_operand(const at::Tensor& gamma, const Channels& channels, double scale) {
   const void* values = gamma.const_data_ptr();
   const bool is_wide = gamma.element_size() != sizeof(TX);
   const bool is_aligned = reinterpret_cast<uintptr_t>(values) % (gamma.element_size() * kWidth) == 0;
-  return {values, is_wide, channels.inner == 1 && channels.count % kWidth == 0 && is_aligned, channels};
+  const auto rest = std::is_same_v<Opmath<TX>, float> ? scale - static_cast<float>(scale) : 0.0;
+  return {values, is_wide, channels.inner == 1 && channels.count % kWidth == 0 && is_aligned, channels,
+          static_cast<float>(rest)};
 }
 
 template <typename TO, typename TR, typename TX, int kWidth, bool kHasGamma>
@@ -117,7 +119,7 @@ void add_kept(const at::Tensor& out, const at::Tensor* residual, const at::Tenso
     constexpr int kLaunchWidth = decltype(width)::value;
     Gamma operand{};
     if constexpr (kHasGamma) {
-      operand = gamma_operand<TX, kLaunchWidth>(dense_gamma, channels);
+      operand = gamma_operand<TX, kLaunchWidth>(dense_gamma, channels, scale);
     }
     launch_add_kept<TO, TR, TX, kLaunchWidth, kHasGamma>(out_data, residual_data, x_data, mask, operand, rows,
                                                          x_rows.strides, residual_rows.strides, scale);
@@ -174,7 +176,7 @@ at::Tensor backward_kept(const at::Tensor* grad_x, const at::Tensor& grad, const
   };
   const auto launch = [&](auto width) {
     constexpr int kLaunchWidth = decltype(width)::value;
-    args.gamma = gamma_operand<TX, kLaunchWidth>(dense_gamma, channels);
+    args.gamma = gamma_operand<TX, kLaunchWidth>(dense_gamma, channels, scale);
     if (channels.inner == 1) {
       const Columns columns = Columns::make(channels.count, kLaunchWidth);
       const int64_t lines = grad.numel() / channels.count;

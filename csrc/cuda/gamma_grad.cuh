@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t source = args.strides.offset_of(row, args.rows) + (plane - row * planes_per_row) * inner;
   const int64_t outer = divide(plane, channels);
   const int64_t channel = plane - outer * channels;
-  const F factor = args.gamma.template value<TX>(channel) * args.scale;
+  const F factor = args.gamma.factor(args.gamma.template value<TX>(channel), args.scale);
   const int64_t first = segment * segments.length;
   const int64_t last = first + segments.length < inner ? first + segments.length : inner;
 

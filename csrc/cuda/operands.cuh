@@ -48,6 +48,13 @@ struct Gamma {
   bool is_wide;
   bool is_aligned;  // every vector of x meets a whole vector of gamma
   Channels channels;
+  float scale_rest;  // what the scale lost when it became a float32
+
+  // gamma * scale, as if of the scale in double precision.
+  template <typename F>
+  __device__ F factor(F value, F scale) const {
+    return value * scale + value * static_cast<F>(scale_rest);
+  }
 
   template <typename TX>
   __device__ Opmath<TX> value(int64_t channel) const {
@@ -70,7 +77,7 @@ struct Gamma {
     int64_t left = channels.inner - (place - divide(place, channels.inner) * channels.inner);
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
-      to[i] = value<TX>(channel) * scale;
+      to[i] = factor(value<TX>(channel), scale);
       if (--left == 0) {
         left = channels.inner;
         channel = channel + 1 == channels.count ? 0 : channel + 1;
@@ -84,7 +91,7 @@ struct Gamma {
     const auto vector = load_vector<T, kWidth>(static_cast<const T*>(values) + channel);
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
-      to[i] = to_opmath(vector.values[i]) * scale;
+      to[i] = factor(to_opmath(vector.values[i]), scale);
     }
   }
 };
