@@ -176,17 +176,19 @@ def test_never_synchronises():
     assert_same_bits(x.grad, expected)
 
 
+def kernels(function):
+    """What the function returns, and the names of the kernels that it launched."""
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        result = function()
+        torch.cuda.synchronize()
+    return result, [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+
+
 @pytest.mark.parametrize("shape", [(64, 197, 384), (4096, 7), (2, 1_000_003)])
 def test_one_kernel_each_way(shape):
     x = torch.ones(shape, device=DEVICE, requires_grad=True)
     grad = torch.ones(shape, device=DEVICE)
-
-    def kernels(function):
-        torch.cuda.synchronize()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            result = function()
-            torch.cuda.synchronize()
-        return result, [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
 
     drop_path(x, 0.5, training=True).backward(grad)  # loads the module
     x.grad = None
@@ -337,13 +339,6 @@ def test_add_one_kernel_each_way(shape, with_gamma, drop_prob):
     gamma = torch.ones(shape[-1:], device=DEVICE, requires_grad=True) if with_gamma else None
     leaves = [t for t in (x, residual, gamma) if t is not None]
     grad = torch.ones(shape, device=DEVICE)
-
-    def kernels(function):
-        torch.cuda.synchronize()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            result = function()
-            torch.cuda.synchronize()
-        return result, [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
 
     def forward():
         return drop_path_add(x, residual, drop_prob, training=True, gamma=gamma)

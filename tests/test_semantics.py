@@ -246,6 +246,19 @@ def test_autocast_casts_nothing(device, dtype, autocast_dtype):
     assert_same_bits(grad, reference.apply_keep_mask(torch.ones_like(x), keep, reference.keep_scale(0.3, True)))
 
 
+def _assert_repeatable(run):
+    """The tensors that run() returns are the same bits each time, also under deterministic algorithms."""
+    first, second = run(), run()
+    torch.use_deterministic_algorithms(True)
+    try:
+        third = run()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for other in (second, third):
+        for actual, expected in zip(other, first, strict=True):
+            assert_same_bits(actual, expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_same_seed_same_bits(device, dtype):
     x = random_tensor((257, 129), dtype, device)
@@ -256,15 +269,7 @@ def test_same_seed_same_bits(device, dtype):
         out = drop_path(leaf, 0.4, training=True)
         return out, torch.autograd.grad(out, leaf, x)[0]
 
-    first, second = run(), run()
-    torch.use_deterministic_algorithms(True)
-    try:
-        third = run()
-    finally:
-        torch.use_deterministic_algorithms(False)
-    for other in (second, third):
-        assert_same_bits(first[0], other[0])
-        assert_same_bits(first[1], other[1])
+    _assert_repeatable(run)
 
 
 # --- the module ---
@@ -582,15 +587,23 @@ def test_add_same_seed_same_bits(device, dtypes):
         out = drop_path_add(*leaves[:2], 0.4, training=True, gamma=leaves[2] if len(leaves) == 3 else None)
         return out, *torch.autograd.grad(out, leaves, out.detach())
 
-    first, second = run(), run()
-    torch.use_deterministic_algorithms(True)
-    try:
-        third = run()
-    finally:
-        torch.use_deterministic_algorithms(False)
-    for other in (second, third):
-        for actual, expected in zip(other, first, strict=True):
-            assert_same_bits(actual, expected)
+    _assert_repeatable(run)
+
+
+@pytest.mark.parametrize("dtypes", [dtypes for dtypes in FUSED_ADD_DTYPES if dtypes[2] is not None], ids=dtypes_id)
+@pytest.mark.parametrize("drop_prob", [0.0, 0.3, 0.5])
+def test_add_infinite_gamma_stays_infinite(device, dtypes, drop_prob):
+    """However gamma * scale is made precise, inf must not come out as NaN."""
+    x, residual = (torch.ones(64, 5, dtype=dtype, device=device, requires_grad=True) for dtype in dtypes[:2])
+    gamma = torch.full((5,), float("inf"), dtype=dtypes[2], device=device, requires_grad=True)
+    out = drop_path_add(x, residual, drop_prob, training=True, gamma=gamma)
+    keep = out.isinf().all(1)
+    assert keep.all() if drop_prob == 0 else 0 < keep.sum() < 64
+    assert_same_bits(out[~keep], residual[~keep].to(out.dtype))
+    grad_x, grad_gamma = torch.autograd.grad(out, (x, gamma), torch.ones_like(out))
+    assert grad_x[keep].isinf().all()
+    assert_positive_zero(grad_x[~keep])
+    assert grad_gamma.isfinite().all()
 
 
 # --- drop_path_add: the module ---

@@ -23,7 +23,7 @@
 namespace droppath_ext {
 namespace {
 
-constexpr int64_t kStreamBytes = 64;  // a cache line
+constexpr int64_t kLineBytes = 64;  // a cache line, which is streamed as a whole
 
 // Writes whole lines past the caches: `to` is aligned to one, `from` too.
 template <int kBytes>
@@ -74,8 +74,8 @@ namespace x86_64_v4 {
 
 namespace {
 
-// Calls call(level's function) for the best level that the machine has and ATEN_CPU_CAPABILITY allows.
 #ifdef DROPPATH_X86_LEVELS
+// The best level that the machine has and ATEN_CPU_CAPABILITY allows.
 int choose_level() {
   const std::string allowed = at::get_cpu_capability();
   if (allowed == "AVX512" && __builtin_cpu_supports("x86-64-v4")) {
@@ -128,14 +128,14 @@ void fill_span(void* out, const void* source, int64_t n, Store store) {
     n -= bytes;
   };
   if (store == Store::kStreamed) {
-    fill(std::min<int64_t>(n, (kStreamBytes - reinterpret_cast<uintptr_t>(to) % kStreamBytes) % kStreamBytes));
-    alignas(kStreamBytes) char line[kStreamBytes] = {};
-    for (; n >= kStreamBytes; n -= kStreamBytes, to += kStreamBytes) {
+    fill(std::min<int64_t>(n, (kLineBytes - reinterpret_cast<uintptr_t>(to) % kLineBytes) % kLineBytes));
+    alignas(kLineBytes) char line[kLineBytes] = {};
+    for (; n >= kLineBytes; n -= kLineBytes, to += kLineBytes) {
       if (from != nullptr) {
-        std::memcpy(line, from, kStreamBytes);
-        from += kStreamBytes;
+        std::memcpy(line, from, kLineBytes);
+        from += kLineBytes;
       }
-      stream_lines<kStreamBytes>(to, line);
+      stream_lines<kLineBytes>(to, line);
     }
     end_stream();
   }

@@ -198,13 +198,13 @@ at::Tensor backward_kept(const at::Tensor* grad_x, const at::Tensor& grad, const
     }
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   };
-  constexpr auto kWhole = std::integral_constant<int, kWidth>{};
-  constexpr auto kHalf =
-      std::integral_constant<int, kWidth == 8 ? 4 : 1>{};  // 14 * 14 elements are no whole vectors of 8
-  if (vectorizes(kWhole)) {
-    launch(kWhole);
-  } else if (vectorizes(kHalf)) {
-    launch(kHalf);
+  // Planes of 14 * 14 are no whole vectors of 8, but of 4.
+  constexpr auto kWide = std::integral_constant<int, kWidth>{};
+  constexpr auto kNarrow = std::integral_constant<int, kWidth == 8 ? 4 : 1>{};
+  if (vectorizes(kWide)) {
+    launch(kWide);
+  } else if (vectorizes(kNarrow)) {
+    launch(kNarrow);
   } else {
     launch(std::integral_constant<int, 1>());
   }

@@ -50,10 +50,10 @@ struct Gamma {
   Channels channels;
   float scale_rest;  // what the scale lost when it became a float32
 
-  // gamma * scale, as if of the scale in double precision.
+  // gamma * scale, as if of the scale in double precision. An infinite gamma has no rest: it would come out as NaN.
   template <typename F>
   __device__ F factor(F value, F scale) const {
-    return value * scale + value * static_cast<F>(scale_rest);
+    return isinf(value) ? value * scale : value * scale + value * static_cast<F>(scale_rest);
   }
 
   template <typename TX>
