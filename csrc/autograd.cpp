@@ -1,99 +1,81 @@
-// Derivatives: one torch::autograd::Function per forward op. The backward ops are differentiated through the formulas
+// Derivatives: one graph node per forward op. The backward ops are differentiated through the formulas
 // below, in ATen: second derivatives are rare, and there the formulas' own derivatives are free.
 #include <ATen/DimVector.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/where.h>
-#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "node.h"
 #include "ops.h"
 
 namespace droppath_ext {
 namespace {
 
-using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-struct DropPath : torch::autograd::Function<DropPath> {
-  // The mask leaves by reference: as a second output it would cost the bookkeeping of a variable.
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, double drop_prob, bool scale_by_keep,
-                            bool per_sample, const std::optional<at::Generator>& generator, at::Tensor* keep) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    at::Tensor out;
-    std::tie(out, *keep) = drop_path(x, drop_prob, scale_by_keep, per_sample, generator);
-    ctx->save_for_backward({*keep});
-    ctx->saved_data["scale"] = keep_scale(drop_prob, scale_by_keep);
-    ctx->set_materialize_grads(false);
-    return out;
+struct DropPathBackward : torch::autograd::Node {
+  Saved keep;
+  double scale = 1;
+
+  std::string name() const override { return "DropPathBackward"; }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    keep.release();
   }
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list result(6);
-    if (grads[0].defined()) {
-      result[0] = drop_path_backward(grads[0], ctx->get_saved_variables()[0], ctx->saved_data["scale"].toDouble());
-    }
-    return result;
+  variable_list apply(variable_list&& grads) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return {grads[0].defined() ? drop_path_backward(grads[0], keep.get(), scale) : at::Tensor()};
   }
 };
 
-// Tensor::to, which takes its time to find that there is nothing to do.
-at::Tensor cast(const at::Tensor& tensor, at::ScalarType dtype) {
-  return tensor.scalar_type() == dtype ? tensor : tensor.to(dtype);
-}
-
-struct DropPathAdd : torch::autograd::Function<DropPathAdd> {
-  // Places among the tensors of the inputs, as needs_input_grad counts them, and in what backward returns.
+struct DropPathAddBackward : torch::autograd::Node {
   enum Input { kX, kResidual, kGamma };
 
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& residual,
-                            const std::optional<at::Tensor>& gamma, double drop_prob, bool scale_by_keep,
-                            bool per_sample, const std::optional<at::Generator>& generator, at::Tensor* keep) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    at::Tensor out;
-    std::tie(out, *keep) = drop_path_add(x, residual, gamma, drop_prob, scale_by_keep, per_sample, generator);
-    const bool needs_gamma_grad = gamma && gamma->requires_grad();
-    // gamma's shape and dtype are needed for its gradient, too.
-    ctx->save_for_backward({*keep, needs_gamma_grad ? x : at::Tensor(),
-                            gamma && (x.requires_grad() || needs_gamma_grad) ? *gamma : at::Tensor()});
-    ctx->saved_data["scale"] = keep_scale(drop_prob, scale_by_keep);
-    ctx->saved_data["dtype"] = x.scalar_type();
-    ctx->saved_data["residual_dtype"] = residual.scalar_type();
-    ctx->set_materialize_grads(false);
-    return out;
+  Saved keep;   // without entries where nothing is dropped
+  Saved x;      // only for the gradient of gamma
+  Saved gamma;  // for the gradient of x; that of gamma needs its shape and dtype, too
+  double scale = 1;
+  at::ScalarType dtype = at::kFloat;  // of x
+  bool has_mask = true;
+
+  std::string name() const override { return "DropPathAddBackward"; }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    keep.release();
+    x.release();
+    gamma.release();
   }
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list result(8);
+  variable_list apply(variable_list&& grads) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    variable_list result(3);
     const at::Tensor& grad = grads[0];
     if (!grad.defined()) {
       return result;
     }
-    const auto saved = ctx->get_saved_variables();
-    const auto defined = [](const at::Tensor& tensor) {
-      return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
-    };
-    const bool needs_x = ctx->needs_input_grad(kX);
-    const bool needs_gamma = saved[2].defined() && ctx->needs_input_grad(kGamma);
-    const auto dtype = ctx->saved_data["dtype"].toScalarType();
-    if (saved[0].sym_numel() == 0 && !saved[2].defined()) {
-      // Neither mask nor gamma: a plain addition.
-      result[kX] = needs_x ? cast(grad, dtype) : at::Tensor();
+    const bool needs_x = task_should_compute_output(kX);
+    const bool needs_gamma = x && task_should_compute_output(kGamma);
+    if (task_should_compute_output(kResidual)) {
+      result[kResidual] = grad;  // the engine casts what is not of the input's dtype
+    }
+    if (!has_mask && !gamma) {
+      result[kX] = grad;  // a plain addition
     } else if (needs_x || needs_gamma) {
       auto [grad_x, grad_gamma] =
-          drop_path_add_backward(grad, needs_gamma ? defined(saved[1]) : std::nullopt, defined(saved[2]), saved[0],
-                                 ctx->saved_data["scale"].toDouble(), dtype, {needs_x, needs_gamma});
-      result[kX] = needs_x ? grad_x : at::Tensor();
-      result[kGamma] = needs_gamma ? grad_gamma : at::Tensor();
-    }
-    if (ctx->needs_input_grad(kResidual)) {
-      result[kResidual] = cast(grad, ctx->saved_data["residual_dtype"].toScalarType());
+          drop_path_add_backward(grad, needs_gamma ? x.get_optional() : std::nullopt, gamma.get_optional(), keep.get(),
+                                 scale, dtype, {needs_x, needs_gamma});
+      result[kX] = needs_x ? std::move(grad_x) : at::Tensor();
+      result[kGamma] = needs_gamma ? std::move(grad_gamma) : at::Tensor();
     }
     return result;
   }
 };
 
-// torch::autograd::Function has no forward mode: it would lose the tangent without a word.
+// The nodes have no forward mode: they would lose the tangent without a word.
 bool is_dual(const at::Tensor& x) { return x._fw_grad(/*level=*/0).defined(); }
 bool is_dual(const std::optional<at::Tensor>& x) { return x && is_dual(*x); }
 
@@ -125,13 +107,17 @@ at::Tensor mask_dropped(const at::Tensor& x, const at::Tensor& keep) {
 std::tuple<at::Tensor, at::Tensor> drop_path_autograd(const at::Tensor& x, double drop_prob, bool scale_by_keep,
                                                       bool per_sample, const std::optional<at::Generator>& generator) {
   check_not_dual(x, "x", "drop_path");
-  if (!needs_graph(x)) {
+  const auto node = needs_graph(x) ? make_node<DropPathBackward>(x) : NodePointer<DropPathBackward>();
+  auto result = [&] {
     at::AutoDispatchBelowADInplaceOrView guard;
     return drop_path(x, drop_prob, scale_by_keep, per_sample, generator);
+  }();
+  if (node) {
+    node->keep = Saved(std::get<1>(result));
+    node->scale = keep_scale(drop_prob, scale_by_keep);
+    set_outputs(node, std::get<0>(result));
   }
-  at::Tensor keep;
-  at::Tensor out = DropPath::apply(x, drop_prob, scale_by_keep, per_sample, generator, &keep);
-  return {std::move(out), std::move(keep)};
+  return result;
 }
 
 at::Tensor drop_path_backward_autograd(const at::Tensor& grad, const at::Tensor& keep, double scale) {
@@ -150,13 +136,27 @@ std::tuple<at::Tensor, at::Tensor> drop_path_add_autograd(const at::Tensor& x, c
   check_not_dual(x, "x", "drop_path_add");
   check_not_dual(residual, "residual", "drop_path_add");
   check_not_dual(gamma, "gamma", "drop_path_add");
-  if (!needs_graph(x) && !needs_graph(residual) && !needs_graph(gamma)) {
+  const auto node = needs_graph(x) || needs_graph(residual) || needs_graph(gamma)
+                        ? make_node<DropPathAddBackward>(x, residual, gamma)
+                        : NodePointer<DropPathAddBackward>();
+  auto result = [&] {
     at::AutoDispatchBelowADInplaceOrView guard;
     return drop_path_add(x, residual, gamma, drop_prob, scale_by_keep, per_sample, generator);
+  }();
+  if (node) {
+    node->keep = Saved(std::get<1>(result));
+    if (needs_graph(gamma)) {
+      node->x = Saved(x);
+    }
+    if (gamma && (needs_graph(x) || needs_graph(gamma))) {
+      node->gamma = Saved(*gamma);
+    }
+    node->scale = keep_scale(drop_prob, scale_by_keep);
+    node->dtype = x.scalar_type();
+    node->has_mask = drop_prob != 0.0;
+    set_outputs(node, std::get<0>(result));
   }
-  at::Tensor keep;
-  at::Tensor out = DropPathAdd::apply(x, residual, gamma, drop_prob, scale_by_keep, per_sample, generator, &keep);
-  return {std::move(out), std::move(keep)};
+  return result;
 }
 
 std::tuple<at::Tensor, at::Tensor> drop_path_add_backward_autograd(
