@@ -190,6 +190,7 @@ TORCH_LIBRARY_IMPL(droppath_ext, Autograd, m) {
   m.impl("drop_path_backward", &drop_path_backward_autograd);
   m.impl("drop_path_add", &drop_path_add_autograd);
   m.impl("drop_path_add_backward", &drop_path_add_backward_autograd);
+  m.impl("draw_fixed", torch::CppFunction::makeFallthrough());  // integers have no derivatives
 }
 
 }  // namespace droppath_ext

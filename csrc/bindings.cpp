@@ -76,6 +76,19 @@ at::Tensor keep_mask(uint64_t seed, uint64_t offset, int64_t size, double drop_p
   return droppath_ext::draw_keep_mask(seed, offset, size, drop_prob);
 }
 
+std::tuple<at::Tensor, at::Tensor> draw_bernoulli(int64_t size, double drop_prob, at::Device device,
+                                                  const std::optional<at::Generator>& generator) {
+  droppath_ext::check_drop_prob(drop_prob);
+  py::gil_scoped_release no_gil;
+  return droppath_ext::draw_bernoulli(size, drop_prob, device, generator);
+}
+
+std::tuple<at::Tensor, at::Tensor> draw_fixed(const at::Tensor& x, int64_t count,
+                                              const std::optional<at::Generator>& generator) {
+  py::gil_scoped_release no_gil;
+  return droppath_ext::draw_fixed(x, count, generator);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -94,5 +107,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("generator") = py::none());
   m.def("drop_path_add", &drop_path_add, py::arg("x"), py::arg("residual"), py::arg("gamma"), py::arg("drop_prob"),
         py::arg("scale_by_keep"), py::arg("per_sample"), py::arg("generator") = py::none());
+  m.def("draw_bernoulli", &draw_bernoulli, py::arg("size"), py::arg("drop_prob"), py::arg("device"),
+        py::arg("generator") = py::none());
+  m.def("draw_fixed", &draw_fixed, py::arg("x"), py::arg("count"), py::arg("generator") = py::none());
   m.def("keep_mask", &keep_mask, py::arg("seed"), py::arg("offset"), py::arg("size"), py::arg("drop_prob"));
 }

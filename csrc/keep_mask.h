@@ -1,4 +1,4 @@
-// The draw that every kernel shares: is sample b kept?
+// The draws that every kernel shares: is sample b kept? Which come first?
 #pragma once
 
 #include <c10/macros/Macros.h>
@@ -22,6 +22,18 @@ inline uint64_t keep_threshold(double drop_prob) {
 C10_HOST_DEVICE inline bool draw_keep(uint64_t seed, uint64_t offset, uint64_t sample, uint64_t threshold) {
   at::Philox4_32 philox(seed, /*subsequence=*/sample, offset / 4);
   return philox() < threshold;
+}
+
+// A subset of a fixed size is the samples with the smallest keys. No two keys are equal: the lowest bits, as many as
+// `size` samples need, are the sample's own.
+C10_HOST_DEVICE inline uint64_t draw_key(uint64_t seed, uint64_t offset, uint64_t sample, uint64_t size) {
+  at::Philox4_32 philox(seed, /*subsequence=*/sample, offset / 4);
+  uint64_t key = philox();
+  key = key << 32 | philox();
+  for (uint64_t last = size - 1; last != 0; last >>= 1) {
+    key <<= 1;
+  }
+  return key | sample;
 }
 
 }  // namespace droppath_ext

@@ -22,6 +22,10 @@ TORCH_LIBRARY(droppath_ext, m) {
   m.def(
       "drop_path_add_backward(Tensor grad, Tensor? x, Tensor? gamma, Tensor keep, float scale, ScalarType dtype,"
       " bool[2] output_mask) -> (Tensor grad_x, Tensor grad_gamma)");
+  // A subset of `count` samples of x, of which only the number of samples and the device matter: for each sample its
+  // place among the kept ones, or -1; and the kept ones in ascending order.
+  m.def("draw_fixed(Tensor x, SymInt count, Generator? generator=None) -> (Tensor slots, Tensor kept)",
+        {at::Tag::nondeterministic_seeded});
 }
 
 namespace droppath_ext {
@@ -62,6 +66,12 @@ std::tuple<at::Tensor, at::Tensor> drop_path_add_backward(const at::Tensor& grad
   return op.call(grad, x, gamma, keep, scale, dtype, output_mask);
 }
 
+std::tuple<at::Tensor, at::Tensor> draw_fixed(const at::Tensor& x, c10::SymInt count,
+                                              const std::optional<at::Generator>& generator) {
+  static const auto op = find_op<decltype(draw_fixed)>("droppath_ext::draw_fixed");
+  return op.call(x, std::move(count), generator);
+}
+
 namespace {
 
 bool is_half_precision(at::ScalarType dtype) { return dtype == at::kHalf || dtype == at::kBFloat16; }
@@ -91,6 +101,12 @@ void check_input(const at::Tensor& x, const char* name) {
 
 void check_drop_prob(double drop_prob) {
   TORCH_CHECK_VALUE(drop_prob >= 0.0 && drop_prob <= 1.0, "drop_prob must be in [0, 1], but got ", drop_prob);
+}
+
+void check_count(const at::Tensor& x, const c10::SymInt& count) {
+  TORCH_CHECK_VALUE(x.dim() > 0, "x must have at least one dimension, the samples, but got a 0-dim tensor");
+  TORCH_CHECK_VALUE(count >= 1 && count <= x.sym_size(0), "count must be between 1 and the ", x.sym_size(0),
+                    " samples of x, but got ", count);
 }
 
 void check_keep(const at::Tensor& keep, const at::Tensor& x, bool may_be_empty) {
@@ -275,6 +291,13 @@ std::tuple<at::Tensor, at::Tensor> drop_path_add_backward_meta(const at::Tensor&
           output_mask[1] ? at::empty_like(*gamma, at::MemoryFormat::Contiguous) : at::empty({0}, options)};
 }
 
+std::tuple<at::Tensor, at::Tensor> draw_fixed_meta(const at::Tensor& x, c10::SymInt count,
+                                                   const std::optional<at::Generator>& /*generator*/) {
+  check_count(x, count);
+  const auto options = x.options().dtype(at::kLong);
+  return {at::empty_symint({x.sym_size(0)}, options), at::empty_symint({count}, options)};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(droppath_ext, Meta, m) {
@@ -282,6 +305,7 @@ TORCH_LIBRARY_IMPL(droppath_ext, Meta, m) {
   m.impl("drop_path_backward", &drop_path_backward_meta);
   m.impl("drop_path_add", &drop_path_add_meta);
   m.impl("drop_path_add_backward", &drop_path_add_backward_meta);
+  m.impl("draw_fixed", &draw_fixed_meta);
 }
 
 }  // namespace droppath_ext

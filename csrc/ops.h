@@ -24,10 +24,13 @@ std::tuple<at::Tensor, at::Tensor> drop_path_add_backward(const at::Tensor& grad
                                                           const std::optional<at::Tensor>& gamma,
                                                           const at::Tensor& keep, double scale, at::ScalarType dtype,
                                                           std::array<bool, 2> output_mask);
+std::tuple<at::Tensor, at::Tensor> draw_fixed(const at::Tensor& x, c10::SymInt count,
+                                              const std::optional<at::Generator>& generator);
 
 // Each raises one sentence that names the argument, its value and the rule.
 void check_input(const at::Tensor& x, const char* name);
 void check_drop_prob(double drop_prob);
+void check_count(const at::Tensor& x, const c10::SymInt& count);
 void check_keep(const at::Tensor& keep, const at::Tensor& x, bool may_be_empty = false);
 void check_add_inputs(const at::Tensor& x, const at::Tensor& residual, const std::optional<at::Tensor>& gamma);
 void check_add_backward_inputs(const at::Tensor& grad, const std::optional<at::Tensor>& x,
@@ -54,7 +57,13 @@ inline c10::SymInt add_keep_size(const at::Tensor& x, double drop_prob, bool per
 }
 
 // The keep mask of a CPU call, or of a CUDA call with this generator state: bool[size] on the CPU.
+at::Tensor draw_keep_mask(const std::optional<at::Generator>& generator, int64_t size, double drop_prob);
 at::Tensor draw_keep_mask(uint64_t seed, uint64_t offset, int64_t size, double drop_prob);
+
+// Independent draws on the host, so that the number of kept samples is known at once: the row of each sample, -1 if it
+// is dropped, [size]; and the samples that are kept, [kept]. int64, on the device.
+std::tuple<at::Tensor, at::Tensor> draw_bernoulli(int64_t size, double drop_prob, at::Device device,
+                                                  const std::optional<at::Generator>& generator);
 
 // The rows of a dense output: one sample for each of the mask's entries, or all as one where it has one or none.
 Rows find_rows(const at::Tensor& out, int64_t keep_size);

@@ -1,4 +1,4 @@
-from torch import Generator, Tensor
+from torch import Generator, Tensor, device as Device
 
 torch_version: str
 has_cuda: bool
@@ -18,4 +18,8 @@ def drop_path_add(
     per_sample: bool,
     generator: Generator | None = None,
 ) -> Tensor | None: ...
+def draw_bernoulli(
+    size: int, drop_prob: float, device: Device, generator: Generator | None = None
+) -> tuple[Tensor, Tensor]: ...
+def draw_fixed(x: Tensor, count: int, generator: Generator | None = None) -> tuple[Tensor, Tensor]: ...
 def keep_mask(seed: int, offset: int, size: int, drop_prob: float) -> Tensor: ...

@@ -2,11 +2,12 @@
 
 import functools
 import warnings
+from collections.abc import Callable, Sequence
 
 from torch import Generator, Tensor
 from torch.compiler import is_compiling
 
-from . import reference
+from . import reference, sampling as _sampling
 from ._native import _C, REBUILD
 
 MODES = ("row", "batch")
@@ -137,3 +138,62 @@ def drop_path_add(
         if not _C.has_cuda and x.is_cuda:
             _warn_without_kernels()
     return reference.drop_path_add(x, residual, drop_prob, scale_by_keep, gamma, mode, generator)
+
+
+def stochastic_depth(
+    x: Tensor,
+    branch: Callable[..., Tensor],
+    drop_prob: float = 0.0,
+    training: bool = False,
+    scale_by_keep: bool = True,
+    *,
+    gamma: Tensor | None = None,
+    batched: Sequence[Tensor] = (),
+    sampling: str = "bernoulli",
+    generator: Generator | None = None,
+) -> Tensor:
+    """``x + drop_path(gamma * branch(x))``, where the branch of a dropped sample is not computed."""
+    check_drop_prob(drop_prob)
+    _sampling.check_sampling(sampling)
+    _sampling.check_generator(generator, sampling, x)
+    reference.check_input(x)
+    if gamma is not None:
+        reference.check_gamma(gamma, x)
+    _check_batched(batched, x)
+    samples, scale = None, 1.0
+    if training and drop_prob > 0.0 and x.shape[0] > 0:
+        samples, scale = _sampling.draw(x, drop_prob, scale_by_keep, sampling, generator)
+    if samples is None:
+        rows, residual = x, x
+    else:
+        rows, residual = _gather(x, samples), x
+        batched = [_gather(tensor, samples) for tensor in batched]
+    y = branch(rows, *batched)
+    _check_output(y, rows)
+    if samples is None:
+        return reference.scatter_add(y, residual, gamma, None, None, scale)
+    return reference.scatter_add(y, residual, gamma, samples.slots, samples.kept, scale)
+
+
+def _gather(x: Tensor, samples: _sampling.Samples) -> Tensor:
+    return reference.gather(x, samples.taken, samples.slots)
+
+
+def _check_output(y: Tensor, rows: Tensor) -> None:
+    reference.check_dtype(y, "the output of branch")
+    reference.check_device(y, "the output of branch", rows)
+    if y.shape != rows.shape:
+        raise ValueError(
+            f"branch must return the shape of its input, {list(rows.shape)}, but returned {list(y.shape)}"
+        )
+
+
+def _check_batched(batched: Sequence[Tensor], x: Tensor) -> None:
+    for i, tensor in enumerate(batched):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"batched[{i}] must be a Tensor, but got {type(tensor).__name__}")
+        if tensor.ndim == 0 or tensor.shape[0] != x.shape[0]:
+            raise ValueError(
+                f"batched[{i}] must have the {x.shape[0]} samples of x along dim 0, but got shape {list(tensor.shape)}"
+            )
+        reference.check_device(tensor, f"batched[{i}]", x)

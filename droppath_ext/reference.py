@@ -4,8 +4,11 @@ It serves whatever the native extension does not (``functional`` chooses), and i
 specification that the tests compare the kernels with.
 """
 
+from typing import Any
+
 import torch
 from torch import Generator, Tensor
+from torch.compiler import is_compiling
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -26,6 +29,12 @@ def check_input(x: Tensor, name: str = "x") -> None:
         raise TypeError(f"{name} must be a nested tensor of layout torch.jagged, but got {x.layout}")
     if x.ndim == 0:
         raise ValueError(f"{name} must have at least one dimension, the samples, but got a 0-dim tensor")
+
+
+def check_device(tensor: Tensor, name: str, x: Tensor) -> None:
+    """Raise unless ``name`` is where x is."""
+    if tensor.device != x.device:
+        raise ValueError(f"{name} must be on {x.device}, where x is, but got {tensor.device}")
 
 
 def keep_scale(drop_prob: float, scale_by_keep: bool) -> float:
@@ -80,6 +89,56 @@ def add_kept(x: Tensor, residual: Tensor, gamma: Tensor | None, keep: Tensor | N
     return (branch + residual.to(opmath)).to(dtype)
 
 
+def gather(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    """Sample ``index[i]`` of x for each i, zeros where the index is -1.
+
+    Every sample is taken once at most: ``inverse`` says by which i, -1 for by none.
+    """
+    return _Gather.apply(x, index, inverse) if is_compiling() else _gather(x, index)
+
+
+def _gather(x: Tensor, index: Tensor) -> Tensor:
+    return mask_dropped(x.index_select(0, index.clamp(min=0)), index >= 0, 0.0)
+
+
+class _Gather(torch.autograd.Function):
+    """Its backward gathers, too: unlike that of index_select, which adds into zeros, Inductor can fuse it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return _gather(x, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _gather(grad, *ctx.saved_tensors), None, None
+
+
+def scatter_add(
+    y: Tensor,
+    residual: Tensor,
+    gamma: Tensor | None,
+    slots: Tensor | None,
+    kept: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """residual + gamma * y[slots] * scale, rounded once; the residual itself where the slot is -1.
+
+    ``kept`` is the inverse of ``slots``; without both, y has a row for each sample.
+    """
+    if slots is None or kept is None:
+        return add_kept(y, residual, gamma, None, scale)
+    return add_kept(gather(y, slots, kept), residual, gamma, slots >= 0, scale)
+
+
+def draw_fixed(x: Tensor, count: int, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
+    """Draw ``count`` distinct samples of x: the slots int64 [B], and the samples, int64 [count], ascending."""
+    size = x.shape[0]
+    kept = torch.randperm(size, generator=generator, device=x.device)[:count].sort().values
+    slots = torch.full((size,), -1, device=x.device)
+    return slots.scatter(0, kept, torch.arange(count, device=x.device)), kept
+
+
 def gamma_dim(x: Tensor, gamma: Tensor) -> int:
     """The dimension of x along which gamma has an entry for each index; every other dimension of gamma has size 1."""
     dims = range(x.ndim - gamma.ndim, x.ndim)
@@ -93,24 +152,25 @@ def gamma_dim(x: Tensor, gamma: Tensor) -> int:
     return fitting[-1]
 
 
+def check_gamma(gamma: Tensor, x: Tensor) -> None:
+    """Raise unless gamma can be multiplied with x."""
+    check_dtype(gamma, "gamma")
+    check_device(gamma, "gamma", x)
+    gamma_dim(x, gamma)
+
+
 def check_add_inputs(x: Tensor, residual: Tensor, gamma: Tensor | None) -> None:
     """Raise unless x, residual and gamma can be combined. The kernels' own checks read the same."""
     check_input(x)
     check_input(residual, "residual")
-    operands = {"residual": residual}
-    if gamma is not None:
-        check_dtype(gamma, "gamma")
-        operands["gamma"] = gamma
-    for name, tensor in operands.items():
-        if tensor.device != x.device:
-            raise ValueError(f"{name} must be on {x.device}, where x is, but got {tensor.device}")
+    check_device(residual, "residual", x)
     if residual.shape != x.shape:
         raise ValueError(
             f"residual must have the shape of x, {list(x.shape)}, but got {list(residual.shape)}: "
             "expand it first, say by residual.expand_as(x)"
         )
     if gamma is not None:
-        gamma_dim(x, gamma)
+        check_gamma(gamma, x)
 
 
 def drop_path(x: Tensor, drop_prob: float, scale_by_keep: bool, mode: str, generator: Generator | None) -> Tensor:

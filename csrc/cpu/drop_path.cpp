@@ -1,4 +1,3 @@
-#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Dispatch.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/ops/empty_like.h>
@@ -8,7 +7,6 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "../keep_mask.h"
 #include "../ops.h"
 #include "parallel_rows.h"
 #include "spans.h"
@@ -33,17 +31,6 @@ at::Tensor allocate_like(const at::Tensor& x, at::ScalarType dtype) {
 const bool* mask_data(const at::Tensor& keep) {
   static constexpr bool kAllKept = true;
   return keep.numel() == 0 ? &kAllKept : keep.const_data_ptr<bool>();
-}
-
-at::Tensor draw_keep_mask(const std::optional<at::Generator>& generator, int64_t size, double drop_prob) {
-  auto* cpu_generator =
-      at::get_generator_or_default<at::CPUGeneratorImpl>(generator, at::detail::getDefaultCPUGenerator());
-  uint64_t seed = 0;
-  {
-    std::lock_guard<std::mutex> lock(cpu_generator->mutex_);
-    seed = cpu_generator->random64();
-  }
-  return droppath_ext::draw_keep_mask(seed, /*offset=*/0, size, drop_prob);
 }
 
 // gamma * scale for each channel, or the scale alone.
@@ -271,18 +258,6 @@ std::tuple<at::Tensor, at::Tensor> drop_path_add_backward_cpu(const at::Tensor& 
 }
 
 }  // namespace
-
-at::Tensor draw_keep_mask(uint64_t seed, uint64_t offset, int64_t size, double drop_prob) {
-  at::Tensor keep = at::detail::empty_cpu({size}, at::kBool);
-  auto* data = keep.mutable_data_ptr<bool>();
-  const uint64_t threshold = keep_threshold(drop_prob);
-  parallel_for(size, kGrainSize / 16, [&](int64_t begin, int64_t end) {
-    for (int64_t sample = begin; sample < end; ++sample) {
-      data[sample] = draw_keep(seed, offset, sample, threshold);
-    }
-  });
-  return keep;
-}
 
 TORCH_LIBRARY_IMPL(droppath_ext, CPU, m) {
   m.impl("drop_path", &drop_path_cpu);

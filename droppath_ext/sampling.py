@@ -1,0 +1,90 @@
+"""Which samples ``stochastic_depth`` computes: drawn on the host ("bernoulli") or on the device ("fixed")."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Generator, Tensor
+from torch.compiler import is_compiling
+
+from . import reference
+from ._native import _C
+
+SAMPLINGS = ("bernoulli", "fixed")
+
+
+class Samples(NamedTuple):
+    """The K of B samples that a branch is computed for, and the way back. One at least: every parameter gets a gradient.
+
+    If all samples are dropped, the branch is computed for sample 0, and its row is added to none.
+    """
+
+    taken: Tensor  # int64 [K]: the sample that each row of the branch is computed from
+    kept: Tensor  # int64 [K]: the sample that each row is added to; taken, or [-1] if all are dropped
+    slots: Tensor  # int64 [B]: the row that is added to each sample; -1 if it is dropped
+
+
+def check_sampling(sampling: str) -> None:
+    """Raise unless ``sampling`` is "bernoulli" or "fixed"."""
+    if sampling not in SAMPLINGS:
+        raise ValueError(f'sampling must be "bernoulli" or "fixed", but got {sampling!r}')
+
+
+def check_generator(generator: Generator | None, sampling: str, x: Tensor) -> None:
+    """Raise unless ``generator`` is one of the device that draws."""
+    if generator is None:
+        return
+    device = "cpu" if sampling == "bernoulli" else x.device.type
+    if generator.device.type != device:
+        where = "the host" if sampling == "bernoulli" else "the device of x"
+        raise ValueError(
+            f'generator must be a {device} generator, for sampling="{sampling}" draws on {where}, '
+            f"but got one of {generator.device}"
+        )
+
+
+def fixed_count(size: int, drop_prob: float) -> int:
+    """How many of ``size`` samples "fixed" keeps."""
+    return max(1, round(size * (1.0 - drop_prob))) if drop_prob < 1.0 else 0
+
+
+def draw(
+    x: Tensor, drop_prob: float, scale_by_keep: bool, sampling: str, generator: Generator | None
+) -> tuple[Samples | None, float]:
+    """Draw which samples of x are kept, None for all of them; and the scale of the branch. x has samples."""
+    size = x.shape[0]
+    if sampling == "bernoulli":
+        return _draw_bernoulli(x, drop_prob, generator), reference.keep_scale(drop_prob, scale_by_keep)
+    count = fixed_count(size, drop_prob)
+    scale = size / count if scale_by_keep and count else 1.0
+    return _draw_fixed(x, count, generator), scale
+
+
+@torch.compiler.disable(reason="the number of kept samples is drawn on the host, and decides the shapes behind it")
+def _draw_bernoulli(x: Tensor, drop_prob: float, generator: Generator | None) -> Samples | None:
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            'sampling="bernoulli" draws the number of kept samples on the host, which a CUDA graph cannot replay: '
+            'capture with sampling="fixed"'
+        )
+    slots, kept = _C.draw_bernoulli(x.shape[0], drop_prob, x.device, generator)
+    count = kept.shape[0]
+    if count == x.shape[0]:
+        return None
+    return Samples(kept, kept, slots) if count else _all_dropped(x)
+
+
+def _draw_fixed(x: Tensor, count: int, generator: Generator | None) -> Samples | None:
+    if count == x.shape[0]:
+        return None
+    if count == 0:
+        return _all_dropped(x)
+    if not is_compiling() and _C.uses_fused_path(x):
+        slots, kept = _C.draw_fixed(x, count, generator)
+    else:
+        slots, kept = reference.draw_fixed(x, count, generator)
+    return Samples(kept, kept, slots)
+
+
+def _all_dropped(x: Tensor) -> Samples:
+    none = torch.full((x.shape[0],), -1, device=x.device)
+    return Samples(torch.zeros(1, dtype=torch.int64, device=x.device), none[:1], none)
