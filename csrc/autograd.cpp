@@ -2,6 +2,7 @@
 // below, in ATen: second derivatives are rare, and there the formulas' own derivatives are free.
 #include <ATen/DimVector.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/index_select.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/where.h>
 #include <torch/library.h>
@@ -14,7 +15,11 @@ namespace {
 
 using torch::autograd::variable_list;
 
-struct DropPathBackward : torch::autograd::Node {
+// A graph node costs more than a tiny forward: build it only where somebody will ask for gradients.
+bool needs_graph(const at::Tensor& x) { return at::GradMode::is_enabled() && x.requires_grad(); }
+bool needs_graph(const std::optional<at::Tensor>& x) { return x && needs_graph(*x); }
+
+struct DropPathBackward final : torch::autograd::Node {
   Saved keep;
   double scale = 1;
 
@@ -31,23 +36,32 @@ struct DropPathBackward : torch::autograd::Node {
   }
 };
 
-struct DropPathAddBackward : torch::autograd::Node {
+// residual + gamma * x * scale over the kept samples: drop_path_add and scatter_add, whose derivatives differ in how
+// they know these samples.
+struct AddBackward : torch::autograd::Node {
   enum Input { kX, kResidual, kGamma };
 
-  Saved keep;   // without entries where nothing is dropped
   Saved x;      // only for the gradient of gamma
   Saved gamma;  // for the gradient of x; that of gamma needs its shape and dtype, too
   double scale = 1;
   at::ScalarType dtype = at::kFloat;  // of x
-  bool has_mask = true;
 
-  std::string name() const override { return "DropPathAddBackward"; }
+  void save(const at::Tensor& x_input, const std::optional<at::Tensor>& gamma_input, double scale_input) {
+    if (needs_graph(gamma_input)) {
+      x = Saved(x_input);
+    }
+    if (gamma_input && (needs_graph(x_input) || needs_graph(gamma_input))) {
+      gamma = Saved(*gamma_input);
+    }
+    scale = scale_input;
+    dtype = x_input.scalar_type();
+  }
 
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    keep.release();
     x.release();
     gamma.release();
+    release_samples();
   }
 
   variable_list apply(variable_list&& grads) override {
@@ -62,16 +76,81 @@ struct DropPathAddBackward : torch::autograd::Node {
     if (task_should_compute_output(kResidual)) {
       result[kResidual] = grad;  // the engine casts what is not of the input's dtype
     }
-    if (!has_mask && !gamma) {
-      result[kX] = grad;  // a plain addition
-    } else if (needs_x || needs_gamma) {
+    if (needs_x || needs_gamma) {
       auto [grad_x, grad_gamma] =
-          drop_path_add_backward(grad, needs_gamma ? x.get_optional() : std::nullopt, gamma.get_optional(), keep.get(),
-                                 scale, dtype, {needs_x, needs_gamma});
+          differentiate(grad, needs_gamma ? x.get_optional() : std::nullopt, {needs_x, needs_gamma});
       result[kX] = needs_x ? std::move(grad_x) : at::Tensor();
       result[kGamma] = needs_gamma ? std::move(grad_gamma) : at::Tensor();
     }
     return result;
+  }
+
+ private:
+  virtual void release_samples() = 0;
+  virtual std::tuple<at::Tensor, at::Tensor> differentiate(const at::Tensor& grad,
+                                                           const std::optional<at::Tensor>& saved_x,
+                                                           std::array<bool, 2> output_mask) = 0;
+};
+
+struct DropPathAddBackward final : AddBackward {
+  Saved keep;  // without entries where nothing is dropped
+  bool has_mask = true;
+
+  std::string name() const override { return "DropPathAddBackward"; }
+
+ private:
+  void release_samples() override { keep.release(); }
+
+  std::tuple<at::Tensor, at::Tensor> differentiate(const at::Tensor& grad, const std::optional<at::Tensor>& saved_x,
+                                                   std::array<bool, 2> output_mask) override {
+    if (!has_mask && !gamma) {
+      return {grad, at::Tensor()};  // a plain addition
+    }
+    return drop_path_add_backward(grad, saved_x, gamma.get_optional(), keep.get(), scale, dtype, output_mask);
+  }
+};
+
+struct ScatterAddBackward final : AddBackward {
+  Saved slots;
+  Saved kept;
+
+  std::string name() const override { return "ScatterAddBackward"; }
+
+ private:
+  void release_samples() override {
+    slots.release();
+    kept.release();
+  }
+
+  std::tuple<at::Tensor, at::Tensor> differentiate(const at::Tensor& grad, const std::optional<at::Tensor>& saved_y,
+                                                   std::array<bool, 2> output_mask) override {
+    return scatter_add_backward(grad, saved_y, gamma.get_optional(), slots.get(), kept.get(), scale, dtype,
+                                output_mask);
+  }
+};
+
+struct GatherBackward final : torch::autograd::Node {
+  Saved index;
+  Saved inverse;
+
+  std::string name() const override { return "GatherBackward"; }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    index.release();
+    inverse.release();
+  }
+
+  // Of the rows and, where it was handed through, of x.
+  variable_list apply(variable_list&& grads) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const at::Tensor& grad_rows = grads[0];
+    const at::Tensor grad_x = grads.size() > 1 ? grads[1] : at::Tensor();
+    if (!grad_rows.defined()) {
+      return {grad_x};
+    }
+    return {grad_x.defined() ? scatter_add(grad_rows, grad_x, std::nullopt, inverse.get(), index.get(), /*scale=*/1.0)
+                             : gather(grad_rows, inverse.get(), index.get())};
   }
 };
 
@@ -83,10 +162,6 @@ void check_not_dual(const std::optional<at::Tensor>& tensor, const char* name, c
   TORCH_CHECK_NOT_IMPLEMENTED(!is_dual(tensor), "torch.ops.droppath_ext.", op, " has no forward-mode derivative, but ",
                               name, " carries a tangent; droppath_ext.", op, " has one");
 }
-
-// A graph node costs more than a tiny forward: build it only where somebody will ask for gradients.
-bool needs_graph(const at::Tensor& x) { return at::GradMode::is_enabled() && x.requires_grad(); }
-bool needs_graph(const std::optional<at::Tensor>& x) { return x && needs_graph(*x); }
 
 // Whether a backward op is itself to be differentiated: under create_graph, or because a graph that the kernels built
 // meets a tangent only now (forward over reverse).
@@ -102,6 +177,27 @@ at::Tensor mask_dropped(const at::Tensor& x, const at::Tensor& keep) {
   at::SymDimVector shape(x.dim(), 1);
   shape[0] = keep.sym_size(0);
   return at::where(keep.view_symint(shape), x, 0);
+}
+
+// The gradients of x and gamma in ATen, for a grad of the samples of x.
+std::tuple<at::Tensor, at::Tensor> add_backward_formula(const at::Tensor& grad, const std::optional<at::Tensor>& x,
+                                                        const std::optional<at::Tensor>& gamma, const at::Tensor& keep,
+                                                        double scale, at::ScalarType dtype,
+                                                        std::array<bool, 2> output_mask) {
+  const auto opmath = grad.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const at::Tensor scaled = mask_dropped(at::mul(grad.to(opmath), scale), keep);
+  const auto options = grad.options().dtype(dtype);
+  at::Tensor grad_x = at::empty({0}, options);
+  at::Tensor grad_gamma = at::empty({0}, options);
+  if (output_mask[0]) {
+    // Masked again behind gamma, which may be infinite.
+    grad_x = (gamma ? mask_dropped(at::mul(scaled, gamma->to(opmath)), keep) : scaled).to(dtype);
+  }
+  if (output_mask[1]) {
+    const at::Tensor product = at::mul(scaled, mask_dropped(x->to(opmath), keep));
+    grad_gamma = product.sum_to_size_symint(gamma->sym_sizes()).to(gamma->scalar_type());
+  }
+  return {std::move(grad_x), std::move(grad_gamma)};
 }
 
 std::tuple<at::Tensor, at::Tensor> drop_path_autograd(const at::Tensor& x, double drop_prob, bool scale_by_keep,
@@ -144,15 +240,8 @@ std::tuple<at::Tensor, at::Tensor> drop_path_add_autograd(const at::Tensor& x, c
     return drop_path_add(x, residual, gamma, drop_prob, scale_by_keep, per_sample, generator);
   }();
   if (node) {
+    node->save(x, gamma, keep_scale(drop_prob, scale_by_keep));
     node->keep = Saved(std::get<1>(result));
-    if (needs_graph(gamma)) {
-      node->x = Saved(x);
-    }
-    if (gamma && (needs_graph(x) || needs_graph(gamma))) {
-      node->gamma = Saved(*gamma);
-    }
-    node->scale = keep_scale(drop_prob, scale_by_keep);
-    node->dtype = x.scalar_type();
     node->has_mask = drop_prob != 0.0;
     set_outputs(node, std::get<0>(result));
   }
@@ -167,29 +256,83 @@ std::tuple<at::Tensor, at::Tensor> drop_path_add_backward_autograd(
     return drop_path_add_backward(grad, x, gamma, keep, scale, dtype, output_mask);
   }
   check_add_backward_inputs(grad, x, gamma, keep, dtype, output_mask);
-  const auto opmath = grad.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  const at::Tensor scaled = mask_dropped(at::mul(grad.to(opmath), scale), keep);
-  const auto options = grad.options().dtype(dtype);
-  at::Tensor grad_x = at::empty({0}, options);
-  at::Tensor grad_gamma = at::empty({0}, options);
-  if (output_mask[0]) {
-    // Masked again behind gamma, which may be infinite.
-    grad_x = (gamma ? mask_dropped(at::mul(scaled, gamma->to(opmath)), keep) : scaled).to(dtype);
+  return add_backward_formula(grad, x, gamma, keep, scale, dtype, output_mask);
+}
+
+// gather with a graph; x beside the rows, which takes its gradient through the same node, if hands_through.
+std::tuple<at::Tensor, at::Tensor> gather_autograd(const at::Tensor& x, const at::Tensor& index,
+                                                   const at::Tensor& inverse, bool hands_through) {
+  check_not_dual(x, "x", "gather");
+  const auto node = needs_graph(x) ? make_node<GatherBackward>(x) : NodePointer<GatherBackward>();
+  at::AutoDispatchBelowADInplaceOrView guard;
+  std::tuple<at::Tensor, at::Tensor> result{gather(x, index, inverse), hands_through ? x : at::Tensor()};
+  if (node) {
+    node->index = Saved(index);
+    node->inverse = Saved(inverse);
+    if (hands_through) {
+      std::get<1>(result) = x.detach();
+      set_outputs(node, std::get<0>(result), std::get<1>(result));
+    } else {
+      set_outputs(node, std::get<0>(result));
+    }
   }
-  if (output_mask[1]) {
-    const at::Tensor product = at::mul(scaled, mask_dropped(x->to(opmath), keep));
-    grad_gamma = product.sum_to_size_symint(gamma->sym_sizes()).to(gamma->scalar_type());
+  return result;
+}
+
+at::Tensor scatter_add_autograd(const at::Tensor& y, const at::Tensor& residual, const std::optional<at::Tensor>& gamma,
+                                const at::Tensor& slots, const at::Tensor& kept, double scale) {
+  check_not_dual(y, "y", "scatter_add");
+  check_not_dual(residual, "residual", "scatter_add");
+  check_not_dual(gamma, "gamma", "scatter_add");
+  const auto node = needs_graph(y) || needs_graph(residual) || needs_graph(gamma)
+                        ? make_node<ScatterAddBackward>(y, residual, gamma)
+                        : NodePointer<ScatterAddBackward>();
+  at::Tensor out = [&] {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return scatter_add(y, residual, gamma, slots, kept, scale);
+  }();
+  if (node) {
+    node->save(y, gamma, scale);
+    node->slots = Saved(slots);
+    node->kept = Saved(kept);
+    set_outputs(node, out);
   }
-  return {std::move(grad_x), std::move(grad_gamma)};
+  return out;
+}
+
+std::tuple<at::Tensor, at::Tensor> scatter_add_backward_autograd(
+    const at::Tensor& grad, const std::optional<at::Tensor>& y, const std::optional<at::Tensor>& gamma,
+    const at::Tensor& slots, const at::Tensor& kept, double scale, at::ScalarType dtype,
+    std::array<bool, 2> output_mask) {
+  if (!is_differentiated(grad, y, gamma)) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return scatter_add_backward(grad, y, gamma, slots, kept, scale, dtype, output_mask);
+  }
+  check_scatter_add_backward_inputs(grad, y, gamma, slots, kept, dtype, output_mask);
+  if (!is_gathered(slots, kept)) {
+    return add_backward_formula(grad, y, gamma, kept, scale, dtype, output_mask);
+  }
+  const at::Tensor rows = at::index_select(grad, 0, kept.clamp_min(0));
+  return add_backward_formula(rows, y, gamma, kept.ge(0), scale, dtype, output_mask);
 }
 
 }  // namespace
+
+std::tuple<at::Tensor, at::Tensor> gather_with_x(const at::Tensor& x, const at::Tensor& index,
+                                                 const at::Tensor& inverse) {
+  return gather_autograd(x, index, inverse, /*hands_through=*/true);
+}
 
 TORCH_LIBRARY_IMPL(droppath_ext, Autograd, m) {
   m.impl("drop_path", &drop_path_autograd);
   m.impl("drop_path_backward", &drop_path_backward_autograd);
   m.impl("drop_path_add", &drop_path_add_autograd);
   m.impl("drop_path_add_backward", &drop_path_add_backward_autograd);
+  m.impl("gather", [](const at::Tensor& x, const at::Tensor& index, const at::Tensor& inverse) {
+    return std::get<0>(gather_autograd(x, index, inverse, /*hands_through=*/false));
+  });
+  m.impl("scatter_add", &scatter_add_autograd);
+  m.impl("scatter_add_backward", &scatter_add_backward_autograd);
   m.impl("draw_fixed", torch::CppFunction::makeFallthrough());  // integers have no derivatives
 }
 

@@ -1,4 +1,5 @@
 // The Python module: eager entry points that skip torch.ops' schema matching, and what the binary was built with.
+#include <ATen/ops/empty.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
@@ -51,29 +52,68 @@ std::optional<at::Tensor> drop_path(py::handle x, double drop_prob, bool scale_b
   return std::get<0>(droppath_ext::drop_path(tensor, drop_prob, scale_by_keep, per_sample, generator));
 }
 
-std::optional<at::Tensor> drop_path_add(py::handle x, py::handle residual, py::handle gamma, double drop_prob,
-                                        bool scale_by_keep, bool per_sample,
-                                        const std::optional<at::Generator>& generator) {
+struct Operands {
+  const at::Tensor& x;
+  const at::Tensor& residual;
+  std::optional<at::Tensor> gamma;
+};
+
+// What residual + gamma * x is made of, or nothing where the composite path has to serve it.
+std::optional<Operands> fused_operands(py::handle x, py::handle residual, py::handle gamma) {
   if (!uses_fused_path(x) || !uses_fused_path(residual) || !(gamma.is_none() || uses_fused_path(gamma))) {
     return std::nullopt;
   }
-  const at::Tensor& x_tensor = THPVariable_Unpack(x.ptr());
-  const at::Tensor& residual_tensor = THPVariable_Unpack(residual.ptr());
-  std::optional<at::Tensor> gamma_tensor;
+  Operands operands{THPVariable_Unpack(x.ptr()), THPVariable_Unpack(residual.ptr()), std::nullopt};
   if (!gamma.is_none()) {
-    gamma_tensor = THPVariable_Unpack(gamma.ptr());
+    operands.gamma = THPVariable_Unpack(gamma.ptr());
   }
-  if (!droppath_ext::is_fused_mix(x_tensor, residual_tensor, gamma_tensor)) {
+  if (!droppath_ext::is_fused_mix(operands.x, operands.residual, operands.gamma)) {
+    return std::nullopt;
+  }
+  return operands;
+}
+
+std::optional<at::Tensor> drop_path_add(py::handle x, py::handle residual, py::handle gamma, double drop_prob,
+                                        bool scale_by_keep, bool per_sample,
+                                        const std::optional<at::Generator>& generator) {
+  const auto operands = fused_operands(x, residual, gamma);
+  if (!operands) {
     return std::nullopt;
   }
   py::gil_scoped_release no_gil;
-  return std::get<0>(droppath_ext::drop_path_add(x_tensor, residual_tensor, gamma_tensor, drop_prob, scale_by_keep,
-                                                 per_sample, generator));
+  return std::get<0>(droppath_ext::drop_path_add(operands->x, operands->residual, operands->gamma, drop_prob,
+                                                 scale_by_keep, per_sample, generator));
 }
 
 at::Tensor keep_mask(uint64_t seed, uint64_t offset, int64_t size, double drop_prob) {
   droppath_ext::check_drop_prob(drop_prob);
   return droppath_ext::draw_keep_mask(seed, offset, size, drop_prob);
+}
+
+// The rows, and x for whatever else is computed from it.
+std::optional<std::tuple<at::Tensor, at::Tensor>> gather(py::handle x, const at::Tensor& index,
+                                                         const at::Tensor& inverse) {
+  if (!uses_fused_path(x)) {
+    return std::nullopt;
+  }
+  const at::Tensor& tensor = THPVariable_Unpack(x.ptr());
+  py::gil_scoped_release no_gil;
+  return droppath_ext::gather_with_x(tensor, index, inverse);
+}
+
+// Without slots and kept, y has a row for each sample.
+std::optional<at::Tensor> scatter_add(py::handle y, py::handle residual, py::handle gamma,
+                                      const std::optional<at::Tensor>& slots, const std::optional<at::Tensor>& kept,
+                                      double scale) {
+  const auto operands = fused_operands(y, residual, gamma);
+  if (!operands) {
+    return std::nullopt;
+  }
+  py::gil_scoped_release no_gil;
+  const auto index = [&](const std::optional<at::Tensor>& given) {
+    return given ? *given : at::empty({0}, operands->x.options().dtype(at::kLong));
+  };
+  return droppath_ext::scatter_add(operands->x, operands->residual, operands->gamma, index(slots), index(kept), scale);
 }
 
 std::tuple<at::Tensor, at::Tensor> draw_bernoulli(int64_t size, double drop_prob, at::Device device,
@@ -107,6 +147,9 @@ PYBIND11_MODULE(_C, m) {
         py::arg("generator") = py::none());
   m.def("drop_path_add", &drop_path_add, py::arg("x"), py::arg("residual"), py::arg("gamma"), py::arg("drop_prob"),
         py::arg("scale_by_keep"), py::arg("per_sample"), py::arg("generator") = py::none());
+  m.def("gather", &gather, py::arg("x"), py::arg("index"), py::arg("inverse"));
+  m.def("scatter_add", &scatter_add, py::arg("y"), py::arg("residual"), py::arg("gamma"), py::arg("slots"),
+        py::arg("kept"), py::arg("scale"));
   m.def("draw_bernoulli", &draw_bernoulli, py::arg("size"), py::arg("drop_prob"), py::arg("device"),
         py::arg("generator") = py::none());
   m.def("draw_fixed", &draw_fixed, py::arg("x"), py::arg("count"), py::arg("generator") = py::none());

@@ -1,11 +1,14 @@
 #include "ops.h"
 
+#include <ATen/DimVector.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/empty_strided.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <numeric>
 
 TORCH_LIBRARY(droppath_ext, m) {
   m.def(
@@ -22,6 +25,15 @@ TORCH_LIBRARY(droppath_ext, m) {
   m.def(
       "drop_path_add_backward(Tensor grad, Tensor? x, Tensor? gamma, Tensor keep, float scale, ScalarType dtype,"
       " bool[2] output_mask) -> (Tensor grad_x, Tensor grad_gamma)");
+  // out[i] = x[index[i]], zeros where that is -1. inverse[b]: which i takes sample b, -1 if none does; one at most.
+  m.def("gather(Tensor x, Tensor index, Tensor inverse) -> Tensor");
+  // drop_path_add of samples that are elsewhere: out[b] = residual[b] + gamma * y[slots[b]] * scale, the residual where
+  // the slot is -1. kept is the inverse of slots; both are empty where y has a row for each sample.
+  m.def(
+      "scatter_add(Tensor y, Tensor residual, Tensor? gamma, Tensor slots, Tensor kept, float scale) -> Tensor");
+  m.def(
+      "scatter_add_backward(Tensor grad, Tensor? y, Tensor? gamma, Tensor slots, Tensor kept, float scale,"
+      " ScalarType dtype, bool[2] output_mask) -> (Tensor grad_y, Tensor grad_gamma)");
   // A subset of `count` samples of x, of which only the number of samples and the device matter: for each sample its
   // place among the kept ones, or -1; and the kept ones in ascending order.
   m.def("draw_fixed(Tensor x, SymInt count, Generator? generator=None) -> (Tensor slots, Tensor kept)",
@@ -64,6 +76,25 @@ std::tuple<at::Tensor, at::Tensor> drop_path_add_backward(const at::Tensor& grad
                                                           std::array<bool, 2> output_mask) {
   static const auto op = find_op<decltype(drop_path_add_backward)>("droppath_ext::drop_path_add_backward");
   return op.call(grad, x, gamma, keep, scale, dtype, output_mask);
+}
+
+at::Tensor gather(const at::Tensor& x, const at::Tensor& index, const at::Tensor& inverse) {
+  static const auto op = find_op<decltype(gather)>("droppath_ext::gather");
+  return op.call(x, index, inverse);
+}
+
+at::Tensor scatter_add(const at::Tensor& y, const at::Tensor& residual, const std::optional<at::Tensor>& gamma,
+                       const at::Tensor& slots, const at::Tensor& kept, double scale) {
+  static const auto op = find_op<decltype(scatter_add)>("droppath_ext::scatter_add");
+  return op.call(y, residual, gamma, slots, kept, scale);
+}
+
+std::tuple<at::Tensor, at::Tensor> scatter_add_backward(const at::Tensor& grad, const std::optional<at::Tensor>& y,
+                                                        const std::optional<at::Tensor>& gamma, const at::Tensor& slots,
+                                                        const at::Tensor& kept, double scale, at::ScalarType dtype,
+                                                        std::array<bool, 2> output_mask) {
+  static const auto op = find_op<decltype(scatter_add_backward)>("droppath_ext::scatter_add_backward");
+  return op.call(grad, y, gamma, slots, kept, scale, dtype, output_mask);
 }
 
 std::tuple<at::Tensor, at::Tensor> draw_fixed(const at::Tensor& x, c10::SymInt count,
@@ -121,23 +152,90 @@ void check_keep(const at::Tensor& keep, const at::Tensor& x, bool may_be_empty) 
                     keep.sym_sizes());
 }
 
-void check_add_inputs(const at::Tensor& x, const at::Tensor& residual, const std::optional<at::Tensor>& gamma) {
-  check_input(x, "x");
+void check_index(const at::Tensor& index, const at::Tensor& inverse, const at::Tensor& x) {
+  for (const at::Tensor* tensor : {&index, &inverse}) {
+    TORCH_CHECK_TYPE(tensor->scalar_type() == at::kLong, "an index must be int64, but got ",
+                     c10::getDtypeNames(tensor->scalar_type()).first);
+    TORCH_CHECK_VALUE(tensor->dim() == 1, "an index must have one dimension, but got shape ", tensor->sym_sizes());
+    check_device(*tensor, "an index", x);
+  }
+  TORCH_CHECK_VALUE(inverse.sym_size(0) == x.sym_size(0), "the inverse of the index must have one entry for each of ",
+                    x.sym_size(0), " samples, but got ", inverse.sym_size(0));
+}
+
+namespace {
+
+// The dtypes and devices of the three.
+void check_operands(const at::Tensor& x, const char* x_name, const at::Tensor& residual,
+                    const std::optional<at::Tensor>& gamma) {
+  check_input(x, x_name);
   check_input(residual, "residual");
-  check_device(residual, "residual", x);
+  check_device(residual, "residual", x, x_name);
   if (gamma) {
     check_dtype(*gamma, "gamma");
-    check_device(*gamma, "gamma", x);
+    check_device(*gamma, "gamma", x, x_name);
   }
+}
+
+void check_fused_mix(const at::Tensor& x, const char* x_name, const at::Tensor& residual,
+                     const std::optional<at::Tensor>& gamma, const char* function) {
+  TORCH_CHECK_TYPE(is_fused_mix(x, residual, gamma), "no kernel combines ", x_name, " of dtype ", x.scalar_type(),
+                   " with residual of dtype ", residual.scalar_type(),
+                   gamma ? c10::str(" and gamma of dtype ", gamma->scalar_type()) : "", "; droppath_ext.", function,
+                   " does");
+}
+
+// What the gradients of x (or y) and gamma need, but for which samples they are.
+void check_backward_operands(const at::Tensor& grad, const std::optional<at::Tensor>& x, const char* x_name,
+                             c10::SymIntArrayRef x_sizes, const std::optional<at::Tensor>& gamma, at::ScalarType dtype,
+                             std::array<bool, 2> output_mask) {
+  TORCH_CHECK_TYPE(is_same_or_wider(grad.scalar_type(), dtype), "no kernel reads grad of dtype ", grad.scalar_type(),
+                   " for ", x_name, " of dtype ", dtype);
+  TORCH_CHECK_VALUE(!output_mask[1] || (x && gamma), "the gradient of gamma needs both ", x_name, " and gamma");
+  if (gamma) {
+    check_device(*gamma, "gamma", grad, "grad");
+    TORCH_CHECK_TYPE(is_same_or_wider(gamma->scalar_type(), dtype), "no kernel reads gamma of dtype ",
+                     gamma->scalar_type(), " for ", x_name, " of dtype ", dtype);
+    gamma_dim(grad, *gamma);
+  }
+  if (x) {
+    check_device(*x, x_name, grad, "grad");
+    TORCH_CHECK_TYPE(x->scalar_type() == dtype, x_name, " must be of dtype ", dtype, ", but got ", x->scalar_type());
+    TORCH_CHECK_VALUE(x->sym_sizes().equals(x_sizes), x_name, " must have the shape ", x_sizes, ", but got ",
+                      x->sym_sizes());
+  }
+}
+
+}  // namespace
+
+void check_add_inputs(const at::Tensor& x, const at::Tensor& residual, const std::optional<at::Tensor>& gamma) {
+  check_operands(x, "x", residual, gamma);
   TORCH_CHECK_VALUE(residual.sym_sizes().equals(x.sym_sizes()), "residual must have the shape of x, ", x.sym_sizes(),
                     ", but got ", residual.sym_sizes(), ": expand it first, say by residual.expand_as(x)");
   if (gamma) {
     gamma_dim(x, *gamma);
   }
-  TORCH_CHECK_TYPE(is_fused_mix(x, residual, gamma), "no kernel combines x of dtype ", x.scalar_type(),
-                   " with residual of dtype ", residual.scalar_type(),
-                   gamma ? c10::str(" and gamma of dtype ", gamma->scalar_type()) : "",
-                   "; droppath_ext.drop_path_add does");
+  check_fused_mix(x, "x", residual, gamma, "drop_path_add");
+}
+
+void check_scatter_add_inputs(const at::Tensor& y, const at::Tensor& residual, const std::optional<at::Tensor>& gamma,
+                              const at::Tensor& slots, const at::Tensor& kept) {
+  check_operands(y, "y", residual, gamma);
+  if (is_gathered(slots, kept)) {
+    check_index(slots, kept, y);
+    TORCH_CHECK_VALUE(slots.sym_size(0) == residual.sym_size(0), "slots must have one entry for each of ",
+                      residual.sym_size(0), " samples of residual, but got ", slots.sym_size(0));
+  } else {
+    TORCH_CHECK_VALUE(y.sym_size(0) == residual.sym_size(0), "y must have the ", residual.sym_size(0),
+                      " samples of residual where there are no slots, but got ", y.sym_size(0));
+  }
+  TORCH_CHECK_VALUE(y.sym_sizes().slice(1).equals(residual.sym_sizes().slice(1)),
+                    "a sample of y must have the shape of one of residual, ", residual.sym_sizes().slice(1),
+                    ", but got ", y.sym_sizes().slice(1));
+  if (gamma) {
+    gamma_dim(y, *gamma);
+  }
+  check_fused_mix(y, "y", residual, gamma, "stochastic_depth");
 }
 
 void check_add_backward_inputs(const at::Tensor& grad, const std::optional<at::Tensor>& x,
@@ -145,21 +243,19 @@ void check_add_backward_inputs(const at::Tensor& grad, const std::optional<at::T
                                std::array<bool, 2> output_mask) {
   check_input(grad, "grad");
   check_keep(keep, grad, /*may_be_empty=*/true);
-  TORCH_CHECK_TYPE(is_same_or_wider(grad.scalar_type(), dtype), "no kernel reads grad of dtype ", grad.scalar_type(),
-                   " for x of dtype ", dtype);
-  TORCH_CHECK_VALUE(!output_mask[1] || (x && gamma), "the gradient of gamma needs both x and gamma");
-  if (gamma) {
-    check_device(*gamma, "gamma", grad, "grad");
-    TORCH_CHECK_TYPE(is_same_or_wider(gamma->scalar_type(), dtype), "no kernel reads gamma of dtype ",
-                     gamma->scalar_type(), " for x of dtype ", dtype);
-    gamma_dim(grad, *gamma);
+  check_backward_operands(grad, x, "x", grad.sym_sizes(), gamma, dtype, output_mask);
+}
+
+void check_scatter_add_backward_inputs(const at::Tensor& grad, const std::optional<at::Tensor>& y,
+                                       const std::optional<at::Tensor>& gamma, const at::Tensor& slots,
+                                       const at::Tensor& kept, at::ScalarType dtype, std::array<bool, 2> output_mask) {
+  check_input(grad, "grad");
+  at::SymDimVector sizes(grad.sym_sizes());
+  if (is_gathered(slots, kept)) {
+    check_index(kept, slots, grad);
+    sizes[0] = kept.sym_size(0);
   }
-  if (x) {
-    check_device(*x, "x", grad, "grad");
-    TORCH_CHECK_TYPE(x->scalar_type() == dtype, "x must be of dtype ", dtype, ", but got ", x->scalar_type());
-    TORCH_CHECK_VALUE(x->sym_sizes().equals(grad.sym_sizes()), "x must have the shape of grad, ", grad.sym_sizes(),
-                      ", but got ", x->sym_sizes());
-  }
+  check_backward_operands(grad, y, "y", sizes, gamma, dtype, output_mask);
 }
 
 bool is_fused_mix(const at::Tensor& x, const at::Tensor& residual, const std::optional<at::Tensor>& gamma) {
@@ -176,9 +272,31 @@ double keep_scale(double drop_prob, bool scale_by_keep) {
   return scale_by_keep && drop_prob < 1.0 ? 1.0 / (1.0 - drop_prob) : 1.0;
 }
 
-Rows find_rows(const at::Tensor& out, int64_t keep_size) {
-  if (keep_size <= 1 || out.numel() == 0) {
-    const int64_t samples = out.numel() == 0 ? keep_size : 1;
+at::Tensor empty_samples(const at::Tensor& x, c10::SymInt samples, at::ScalarType dtype) {
+  at::SymDimVector sizes(x.sym_sizes());
+  sizes[0] = std::move(samples);
+  at::DimVector dims(x.dim());  // the outermost first
+  std::iota(dims.begin(), dims.end(), 0);
+  bool is_expanded = false;
+  for (const auto& stride : x.sym_strides()) {
+    is_expanded = is_expanded || stride == 0;
+  }
+  if (!is_expanded) {
+    std::stable_sort(dims.begin(), dims.end(),
+                     [&](int64_t a, int64_t b) { return x.sym_stride(a) > x.sym_stride(b); });
+  }
+  at::SymDimVector strides(x.dim());
+  c10::SymInt stride = 1;
+  for (auto dim = dims.rbegin(); dim != dims.rend(); ++dim) {
+    strides[*dim] = stride;
+    stride *= sizes[*dim].max(1);
+  }
+  return at::empty_strided_symint(sizes, strides, x.options().dtype(dtype));
+}
+
+Rows find_rows(const at::Tensor& out, int64_t entries) {
+  if (entries <= 1 || out.numel() == 0) {
+    const int64_t samples = out.numel() == 0 ? entries : 1;
     return {samples, out.numel(), samples};
   }
   // In a dense tensor the stride of the samples is the number of elements that lie inside of them.
@@ -188,13 +306,14 @@ Rows find_rows(const at::Tensor& out, int64_t keep_size) {
 
 namespace {
 
-std::optional<RowStrides> find_row_strides(const at::Tensor& x, const at::Tensor& out, const Rows& rows) {
+std::optional<RowStrides> find_row_strides(const at::Tensor& x, const at::Tensor& out, const Rows& rows,
+                                           bool is_gathered) {
   RowStrides strides{rows.length, rows.length * rows.samples};
-  if (x.strides() == out.strides() || x.numel() == 0) {
+  if ((x.strides() == out.strides() && !is_gathered) || x.numel() == 0) {
     return strides;
   }
   const auto is_inner = [&](int64_t dim) { return out.stride(dim) < rows.length; };
-  const auto is_sample = [&](int64_t dim) { return dim == 0 && rows.samples > 1; };
+  const auto is_sample = [&](int64_t dim) { return dim == 0 && (rows.samples > 1 || is_gathered); };
   for (int64_t dim = 0; dim < x.dim(); ++dim) {
     if (x.size(dim) == 1) {
       continue;
@@ -220,12 +339,13 @@ std::optional<RowStrides> find_row_strides(const at::Tensor& x, const at::Tensor
 
 }  // namespace
 
-Input with_rows(const at::Tensor& x, const at::Tensor& out, const Rows& rows) {
-  if (const auto strides = find_row_strides(x, out, rows)) {
+Input with_rows(const at::Tensor& x, const at::Tensor& out, const Rows& rows, bool is_gathered) {
+  if (const auto strides = find_row_strides(x, out, rows, is_gathered)) {
     return {x, *strides};
   }
-  const at::Tensor copy = at::empty_like(out, x.options()).copy_(x);
-  return {copy, find_row_strides(copy, out, rows).value()};
+  const at::Tensor copy = is_gathered ? empty_samples(out, x.size(0), x.scalar_type()) : at::empty_like(out, x.options());
+  copy.copy_(x);
+  return {copy, find_row_strides(copy, out, rows, is_gathered).value()};
 }
 
 at::Tensor dense_like(const at::Tensor& grad) {
@@ -291,6 +411,30 @@ std::tuple<at::Tensor, at::Tensor> drop_path_add_backward_meta(const at::Tensor&
           output_mask[1] ? at::empty_like(*gamma, at::MemoryFormat::Contiguous) : at::empty({0}, options)};
 }
 
+at::Tensor gather_meta(const at::Tensor& x, const at::Tensor& index, const at::Tensor& inverse) {
+  check_input(x, "x");
+  check_index(index, inverse, x);
+  return empty_samples(x, index.sym_size(0), x.scalar_type());
+}
+
+at::Tensor scatter_add_meta(const at::Tensor& y, const at::Tensor& residual, const std::optional<at::Tensor>& gamma,
+                            const at::Tensor& slots, const at::Tensor& kept, double /*scale*/) {
+  check_scatter_add_inputs(y, residual, gamma, slots, kept);
+  return at::empty_like(residual, residual.options().dtype(add_dtype(y, residual, gamma)));
+}
+
+std::tuple<at::Tensor, at::Tensor> scatter_add_backward_meta(const at::Tensor& grad, const std::optional<at::Tensor>& y,
+                                                             const std::optional<at::Tensor>& gamma,
+                                                             const at::Tensor& slots, const at::Tensor& kept,
+                                                             double /*scale*/, at::ScalarType dtype,
+                                                             std::array<bool, 2> output_mask) {
+  check_scatter_add_backward_inputs(grad, y, gamma, slots, kept, dtype, output_mask);
+  const auto options = grad.options().dtype(dtype);
+  const auto samples = is_gathered(slots, kept) ? kept.sym_size(0) : grad.sym_size(0);
+  return {output_mask[0] ? empty_samples(grad, samples, dtype) : at::empty({0}, options),
+          output_mask[1] ? at::empty_like(*gamma, at::MemoryFormat::Contiguous) : at::empty({0}, options)};
+}
+
 std::tuple<at::Tensor, at::Tensor> draw_fixed_meta(const at::Tensor& x, c10::SymInt count,
                                                    const std::optional<at::Generator>& /*generator*/) {
   check_count(x, count);
@@ -305,6 +449,9 @@ TORCH_LIBRARY_IMPL(droppath_ext, Meta, m) {
   m.impl("drop_path_backward", &drop_path_backward_meta);
   m.impl("drop_path_add", &drop_path_add_meta);
   m.impl("drop_path_add_backward", &drop_path_add_backward_meta);
+  m.impl("gather", &gather_meta);
+  m.impl("scatter_add", &scatter_add_meta);
+  m.impl("scatter_add_backward", &scatter_add_backward_meta);
   m.impl("draw_fixed", &draw_fixed_meta);
 }
 

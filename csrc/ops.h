@@ -24,18 +24,36 @@ std::tuple<at::Tensor, at::Tensor> drop_path_add_backward(const at::Tensor& grad
                                                           const std::optional<at::Tensor>& gamma,
                                                           const at::Tensor& keep, double scale, at::ScalarType dtype,
                                                           std::array<bool, 2> output_mask);
+at::Tensor gather(const at::Tensor& x, const at::Tensor& index, const at::Tensor& inverse);
+at::Tensor scatter_add(const at::Tensor& y, const at::Tensor& residual, const std::optional<at::Tensor>& gamma,
+                       const at::Tensor& slots, const at::Tensor& kept, double scale);
+std::tuple<at::Tensor, at::Tensor> scatter_add_backward(const at::Tensor& grad, const std::optional<at::Tensor>& y,
+                                                        const std::optional<at::Tensor>& gamma, const at::Tensor& slots,
+                                                        const at::Tensor& kept, double scale, at::ScalarType dtype,
+                                                        std::array<bool, 2> output_mask);
 std::tuple<at::Tensor, at::Tensor> draw_fixed(const at::Tensor& x, c10::SymInt count,
                                               const std::optional<at::Generator>& generator);
+
+// gather, and x itself beside it: as the second output of one graph node, x takes the gradient that meets it elsewhere
+// through that node, which adds the rows' gradients to it in one pass.
+std::tuple<at::Tensor, at::Tensor> gather_with_x(const at::Tensor& x, const at::Tensor& index,
+                                                 const at::Tensor& inverse);
 
 // Each raises one sentence that names the argument, its value and the rule.
 void check_input(const at::Tensor& x, const char* name);
 void check_drop_prob(double drop_prob);
 void check_count(const at::Tensor& x, const c10::SymInt& count);
 void check_keep(const at::Tensor& keep, const at::Tensor& x, bool may_be_empty = false);
+void check_index(const at::Tensor& index, const at::Tensor& inverse, const at::Tensor& x);
 void check_add_inputs(const at::Tensor& x, const at::Tensor& residual, const std::optional<at::Tensor>& gamma);
+void check_scatter_add_inputs(const at::Tensor& y, const at::Tensor& residual, const std::optional<at::Tensor>& gamma,
+                              const at::Tensor& slots, const at::Tensor& kept);
 void check_add_backward_inputs(const at::Tensor& grad, const std::optional<at::Tensor>& x,
                                const std::optional<at::Tensor>& gamma, const at::Tensor& keep, at::ScalarType dtype,
                                std::array<bool, 2> output_mask);
+void check_scatter_add_backward_inputs(const at::Tensor& grad, const std::optional<at::Tensor>& y,
+                                       const std::optional<at::Tensor>& gamma, const at::Tensor& slots,
+                                       const at::Tensor& kept, at::ScalarType dtype, std::array<bool, 2> output_mask);
 
 // Whether one kernel combines these dtypes: all equal, a half-precision x with a float32 residual, or half-precision x
 // and residual with a float32 gamma.
@@ -65,15 +83,28 @@ at::Tensor draw_keep_mask(uint64_t seed, uint64_t offset, int64_t size, double d
 std::tuple<at::Tensor, at::Tensor> draw_bernoulli(int64_t size, double drop_prob, at::Device device,
                                                   const std::optional<at::Generator>& generator);
 
-// The rows of a dense output: one sample for each of the mask's entries, or all as one where it has one or none.
-Rows find_rows(const at::Tensor& out, int64_t keep_size);
+// An empty tensor of `samples` samples of x, dense, its dimensions nested in memory as those of x are.
+at::Tensor empty_samples(const at::Tensor& x, c10::SymInt samples, at::ScalarType dtype);
 
-// An input with rows against an output: the tensor itself, or a copy of it in the layout of the output.
+// The samples of an input that those of an output are made from: `sources` is a keep mask (bool; without entries,
+// everything is kept), or an index (int64).
+inline bool is_index(const at::Tensor& sources) { return sources.scalar_type() == at::kLong; }
+
+// Whether scatter_add finds the rows of y by an index: not where y has one for each sample.
+inline bool is_gathered(const at::Tensor& slots, const at::Tensor& kept) {
+  return slots.sym_numel() != 0 || kept.sym_numel() != 0;
+}
+
+// The rows of a dense output: one sample for each of these entries, or all as one where there is one or none.
+Rows find_rows(const at::Tensor& out, int64_t entries);
+
+// An input with rows against an output: the tensor itself, or a copy of it in the layout of the output. If gathered,
+// its samples are not those of the output.
 struct Input {
   at::Tensor tensor;
   RowStrides strides;
 };
-Input with_rows(const at::Tensor& x, const at::Tensor& out, const Rows& rows);
+Input with_rows(const at::Tensor& x, const at::Tensor& out, const Rows& rows, bool is_gathered = false);
 
 // grad itself, or a dense copy in the layout that at::empty_like gives.
 at::Tensor dense_like(const at::Tensor& grad);

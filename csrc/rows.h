@@ -15,6 +15,12 @@ C10_HOST_DEVICE inline int64_t divide(int64_t a, int64_t b) {
   return a / b;
 }
 
+// A row, by its sample and its number among the rows of that sample.
+struct RowPlace {
+  int64_t sample;
+  int64_t outer;
+};
+
 // A tensor as rows in the order of the output's memory. A row is a run of elements of one sample; the output is dense
 // as a whole, so its row r starts at r * length.
 //
@@ -25,9 +31,11 @@ struct Rows {
   int64_t length;
   int64_t samples;  // row r belongs to sample r % samples
 
-  C10_HOST_DEVICE int64_t outer_of(int64_t row) const { return count == samples ? 0 : divide(row, samples); }
   // The one place that knows which sample a row belongs to.
-  C10_HOST_DEVICE int64_t sample_of(int64_t row) const { return row - outer_of(row) * samples; }
+  C10_HOST_DEVICE RowPlace place_of(int64_t row) const {
+    const int64_t outer = count == samples ? 0 : divide(row, samples);
+    return {row - outer * samples, outer};
+  }
 };
 
 // Where an input, dense within each row, has its rows; in elements.
@@ -35,11 +43,13 @@ struct RowStrides {
   int64_t sample;  // from one sample to the next
   int64_t outer;   // from row r to row r + samples
 
-  C10_HOST_DEVICE int64_t offset_of(int64_t row, const Rows& rows) const {
-    const int64_t outer_index = rows.outer_of(row);
-    return (row - outer_index * rows.samples) * sample + outer_index * outer;
+  C10_HOST_DEVICE int64_t offset_of(int64_t source, int64_t outer_index) const {
+    return source * sample + outer_index * outer;
   }
 };
+
+// A row of the output that is made from no sample of the input.
+constexpr int64_t kDropped = -1;
 
 // Which entry of gamma belongs to an element, by the element's place in the output's memory: entries follow each other
 // every `inner` elements. 1 for the last dim of tokens and for channels_last, H * W for contiguous [B, C, H, W].

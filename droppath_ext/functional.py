@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from torch import Generator, Tensor
 from torch.compiler import is_compiling
 
-from . import reference, sampling as _sampling
+from . import reference
 from ._native import _C, REBUILD
+from .sampling import Samples, check_generator, check_sampling, draw_samples
 
 MODES = ("row", "batch")
 
@@ -30,12 +31,17 @@ def check_mode(mode: str) -> None:
 
 
 @functools.cache
-def _warn_without_kernels() -> None:
+def _warn_once_without_kernels() -> None:
     warnings.warn(
         "droppath_ext was built without CUDA, so CUDA tensors take the slower composite path. "
         f"With an nvcc at hand, this builds the kernels: DROPPATH_EXT_CUDA=1 {REBUILD}",
-        stacklevel=3,
+        stacklevel=4,
     )
+
+
+def _warn_without_kernels(x: Tensor) -> None:
+    if not _C.has_cuda and x.is_cuda:
+        _warn_once_without_kernels()
 
 
 def drop_path(
@@ -78,8 +84,7 @@ def drop_path(
         out = _C.drop_path(x, drop_prob, scale_by_keep, mode == "row", generator)
         if out is not None:
             return out
-        if not _C.has_cuda and x.is_cuda:
-            _warn_without_kernels()
+        _warn_without_kernels(x)
     return reference.drop_path(x, drop_prob, scale_by_keep, mode, generator)
 
 
@@ -135,8 +140,7 @@ def drop_path_add(
         out = _C.drop_path_add(x, residual, gamma, drop_prob, scale_by_keep, mode == "row", generator)
         if out is not None:
             return out
-        if not _C.has_cuda and x.is_cuda:
-            _warn_without_kernels()
+        _warn_without_kernels(x)
     return reference.drop_path_add(x, residual, drop_prob, scale_by_keep, gamma, mode, generator)
 
 
@@ -152,48 +156,110 @@ def stochastic_depth(
     sampling: str = "bernoulli",
     generator: Generator | None = None,
 ) -> Tensor:
-    """``x + drop_path(gamma * branch(x))``, where the branch of a dropped sample is not computed."""
+    """A residual block whose branch is not computed where it is dropped: ``x + drop_path(gamma * branch(x, *batched))``.
+
+    The branch runs on the kept samples alone, gathered in one pass; one pass puts them back: LayerScale, scale and
+    addition in one kernel, in float32 (float64 if the result is float64), rounded once. A dropped sample of the result
+    is that of x, bit for bit. Both backward passes are as short, and deterministic.
+
+    The result has the distribution of ``drop_path`` for a branch that treats every sample by itself, as attention,
+    LayerNorm and MLPs do. It has not where samples meet in the branch: BatchNorm takes its statistics of the kept
+    samples alone, attention across samples sees only them, and so does the routing of a mixture of experts with a
+    capacity.
+
+    Where nothing can be dropped (``drop_prob=0`` or not ``training``) the branch gets x itself, and the result is
+    ``x + gamma * branch(x, *batched)``.
+
+    Args:
+        x: Tensor [B, ...] of float16, bfloat16, float32 or float64, of any layout; dim 0 counts the samples.
+        branch: Called once, as ``branch(rows, *batched_rows)`` with the K kept samples, [K, ...]. Returns a tensor of
+            that shape, of any such dtype and layout.
+        drop_prob: Probability p in [0, 1] that a sample is dropped.
+        training: If False, nothing is dropped.
+        scale_by_keep: Scale the branch by 1 / keep probability, so that its expectation is gamma * branch(x).
+        gamma: LayerScale's weight, along one dim of a sample: [D] for the last dim, [C, 1, 1] for the channels of
+            [B, C, H, W]. Default: 1.
+        batched: Further tensors [B, ...] of any dtype whose kept samples the branch is called with, say masks.
+        sampling: How the kept samples are drawn.
+            "bernoulli": for each sample by itself, as ``drop_path`` does, on the host: K is known without waiting for
+            the device, and varies. If all samples are dropped the branch still runs, on the first one, and counts for
+            nothing: every parameter gets a gradient, zero then, as distributed training needs.
+            "fixed": K = max(1, round(B * (1 - p))) distinct samples, drawn on the device of x, scaled by B / K. Nothing
+            depends on the host, so CUDA graphs capture it, and shapes are static. The effective drop rate is 1 - K / B,
+            never 1 for p < 1; samples are not independent. With p = 1 all are dropped.
+        generator: Random number generator, for "bernoulli" of the CPU, for "fixed" of x's device. Default: torch's own.
+
+    Returns:
+        Tensor of the shape and (for dense x) strides of x, of the dtype that ``x + gamma * branch(x)`` has.
+
+    Raises:
+        ValueError: ``drop_prob`` is outside [0, 1], ``sampling`` is unknown, x is 0-dimensional, ``gamma`` does not
+            broadcast along one dim of a sample, a tensor of ``batched`` has not B samples, the branch returns another
+            shape, or devices differ.
+        TypeError: A tensor is not of a floating-point dtype listed above, or an argument is no number or tensor.
+        RuntimeError: "bernoulli" while a CUDA graph is captured: use "fixed".
+
+    Under ``torch.compile``, "fixed" is compiled whole; "bernoulli" breaks the graph once, where it draws, and what
+    follows is compiled for any K.
+
+    Source: Huang et al., "Deep Networks with Stochastic Depth", https://arxiv.org/abs/1603.09382; subsets of the batch:
+    Oquab et al., "DINOv2", https://arxiv.org/abs/2304.07193.
+    """
     check_drop_prob(drop_prob)
-    _sampling.check_sampling(sampling)
-    _sampling.check_generator(generator, sampling, x)
+    check_sampling(sampling)
     reference.check_input(x)
+    check_generator(generator, sampling, x)
     if gamma is not None:
         reference.check_gamma(gamma, x)
     _check_batched(batched, x)
     samples, scale = None, 1.0
     if training and drop_prob > 0.0 and x.shape[0] > 0:
-        samples, scale = _sampling.draw(x, drop_prob, scale_by_keep, sampling, generator)
+        samples, scale = draw_samples(x, drop_prob, scale_by_keep, sampling, generator)
     if samples is None:
         rows, residual = x, x
     else:
-        rows, residual = _gather(x, samples), x
-        batched = [_gather(tensor, samples) for tensor in batched]
+        rows, residual = _gather(x, samples)
+        batched = [_gather(tensor, samples)[0] for tensor in batched]
     y = branch(rows, *batched)
     _check_output(y, rows)
-    if samples is None:
-        return reference.scatter_add(y, residual, gamma, None, None, scale)
-    return reference.scatter_add(y, residual, gamma, samples.slots, samples.kept, scale)
+    return _scatter_add(y, residual, gamma, samples, scale)
 
 
-def _gather(x: Tensor, samples: _sampling.Samples) -> Tensor:
-    return reference.gather(x, samples.taken, samples.slots)
+def _gather(x: Tensor, samples: Samples) -> tuple[Tensor, Tensor]:
+    """The taken samples of x, and x: to be used in place of x where the gradients of both shall meet in one pass."""
+    if x.dtype not in reference.DTYPES:
+        return x.index_select(0, samples.taken), x
+    if not is_compiling():
+        pair = _C.gather(x, samples.taken, samples.slots)
+        if pair is not None:
+            return pair
+        _warn_without_kernels(x)
+    return reference.gather(x, samples.taken, samples.slots), x
 
 
-def _check_output(y: Tensor, rows: Tensor) -> None:
-    reference.check_dtype(y, "the output of branch")
-    reference.check_device(y, "the output of branch", rows)
-    if y.shape != rows.shape:
-        raise ValueError(
-            f"branch must return the shape of its input, {list(rows.shape)}, but returned {list(y.shape)}"
-        )
+def _scatter_add(y: Tensor, residual: Tensor, gamma: Tensor | None, samples: Samples | None, scale: float) -> Tensor:
+    slots, kept = (None, None) if samples is None else (samples.slots, samples.kept)
+    if not is_compiling():
+        out = _C.scatter_add(y, residual, gamma, slots, kept, scale)
+        if out is not None:
+            return out
+        _warn_without_kernels(residual)
+    return reference.scatter_add(y, residual, gamma, slots, kept, scale)
 
 
 def _check_batched(batched: Sequence[Tensor], x: Tensor) -> None:
     for i, tensor in enumerate(batched):
+        name = f"batched[{i}]"
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"batched[{i}] must be a Tensor, but got {type(tensor).__name__}")
+            raise TypeError(f"{name} must be a Tensor, but got {type(tensor).__name__}")
         if tensor.ndim == 0 or tensor.shape[0] != x.shape[0]:
-            raise ValueError(
-                f"batched[{i}] must have the {x.shape[0]} samples of x along dim 0, but got shape {list(tensor.shape)}"
-            )
-        reference.check_device(tensor, f"batched[{i}]", x)
+            raise ValueError(f"{name} must have the {x.shape[0]} samples of x, but got shape {list(tensor.shape)}")
+        reference.check_device(tensor, name, x)
+
+
+def _check_output(y: Tensor, rows: Tensor) -> None:
+    name = "the output of branch"
+    reference.check_dtype(y, name)
+    reference.check_device(y, name, rows)
+    if y.shape != rows.shape:
+        raise ValueError(f"{name} must have the shape of its input, {list(rows.shape)}, but got {list(y.shape)}")

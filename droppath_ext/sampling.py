@@ -47,7 +47,7 @@ def fixed_count(size: int, drop_prob: float) -> int:
     return max(1, round(size * (1.0 - drop_prob))) if drop_prob < 1.0 else 0
 
 
-def draw(
+def draw_samples(
     x: Tensor, drop_prob: float, scale_by_keep: bool, sampling: str, generator: Generator | None
 ) -> tuple[Samples | None, float]:
     """Draw which samples of x are kept, None for all of them; and the scale of the branch. x has samples."""
