@@ -129,6 +129,11 @@ std::tuple<at::Tensor, at::Tensor> draw_fixed(const at::Tensor& x, int64_t count
   return droppath_ext::draw_fixed(x, count, generator);
 }
 
+at::Tensor fixed_slots(uint64_t seed, uint64_t offset, int64_t size, int64_t count) {
+  TORCH_CHECK_VALUE(count >= 1 && count <= size, "count must be between 1 and the ", size, " samples, but got ", count);
+  return std::get<0>(droppath_ext::fixed_samples(seed, offset, size, count));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -153,5 +158,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("draw_bernoulli", &draw_bernoulli, py::arg("size"), py::arg("drop_prob"), py::arg("device"),
         py::arg("generator") = py::none());
   m.def("draw_fixed", &draw_fixed, py::arg("x"), py::arg("count"), py::arg("generator") = py::none());
+  m.def("fixed_slots", &fixed_slots, py::arg("seed"), py::arg("offset"), py::arg("size"), py::arg("count"));
   m.def("keep_mask", &keep_mask, py::arg("seed"), py::arg("offset"), py::arg("size"), py::arg("drop_prob"));
 }

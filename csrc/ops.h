@@ -78,6 +78,9 @@ inline c10::SymInt add_keep_size(const at::Tensor& x, double drop_prob, bool per
 at::Tensor draw_keep_mask(const std::optional<at::Generator>& generator, int64_t size, double drop_prob);
 at::Tensor draw_keep_mask(uint64_t seed, uint64_t offset, int64_t size, double drop_prob);
 
+// What draw_fixed gives on the CPU, or on CUDA with this generator state; on the CPU.
+std::tuple<at::Tensor, at::Tensor> fixed_samples(uint64_t seed, uint64_t offset, int64_t size, int64_t count);
+
 // Independent draws on the host, so that the number of kept samples is known at once: the row of each sample, -1 if it
 // is dropped, [size]; and the samples that are kept, [kept]. int64, on the device.
 std::tuple<at::Tensor, at::Tensor> draw_bernoulli(int64_t size, double drop_prob, at::Device device,

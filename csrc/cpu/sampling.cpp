@@ -32,16 +32,20 @@ void fill_slots(int64_t size, int64_t* slots, int64_t* kept, const IsKept& is_ke
   }
 }
 
-std::tuple<at::Tensor, at::Tensor> draw_fixed_cpu(const at::Tensor& x, int64_t count,
+std::tuple<at::Tensor, at::Tensor> draw_fixed_cpu(const at::Tensor& x, c10::SymInt count,
                                                   const std::optional<at::Generator>& generator) {
   check_count(x, count);
-  const int64_t size = x.size(0);
+  return fixed_samples(draw_seed(generator), /*offset=*/0, x.size(0), count.expect_int());
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor> fixed_samples(uint64_t seed, uint64_t offset, int64_t size, int64_t count) {
   std::tuple<at::Tensor, at::Tensor> result{at::detail::empty_cpu({size}, at::kLong),
                                             at::detail::empty_cpu({count}, at::kLong)};
-  const uint64_t seed = draw_seed(generator);
   std::vector<uint64_t> keys(size);
   for (int64_t sample = 0; sample < size; ++sample) {
-    keys[sample] = draw_key(seed, /*offset=*/0, sample, size);
+    keys[sample] = draw_key(seed, offset, sample, size);
   }
   std::vector<uint64_t> ordered(keys);
   std::nth_element(ordered.begin(), ordered.begin() + (count - 1), ordered.end());
@@ -49,8 +53,6 @@ std::tuple<at::Tensor, at::Tensor> draw_fixed_cpu(const at::Tensor& x, int64_t c
              [&](int64_t sample) { return keys[sample] <= ordered[count - 1]; });
   return result;
 }
-
-}  // namespace
 
 at::Tensor draw_keep_mask(uint64_t seed, uint64_t offset, int64_t size, double drop_prob) {
   at::Tensor keep = at::detail::empty_cpu({size}, at::kBool);

@@ -1,5 +1,5 @@
 // One pass over a tensor: a kept sample becomes x * scale, or residual + gamma * x * scale; a dropped one becomes zero,
-// or the residual. x is read only where it is kept.
+// or the residual. x is read only where it is kept, and where an index says.
 #pragma once
 
 #include "operands.cuh"
@@ -12,30 +12,30 @@ namespace droppath_ext {
 template <typename TR, bool kHasGamma>
 constexpr int kUnroll = std::is_void_v<TR> && !kHasGamma ? 4 : 2;
 
-// A block takes one tile. For each of the tile's rows it asks the mask once and notes where the row is to be read; then
+// A block takes one tile. For each of the tile's rows it asks once for the source and notes where the row is to be read; then
 // each thread moves kUnroll vectors, all loaded before the first is used, so that enough reads are in flight to cover
 // the latency of memory. TR is void where there is no residual.
 template <typename TO, typename TR, typename TX, int kWidth, bool kHasGamma>
 __global__ void __launch_bounds__(kThreads)
-    add_kept_kernel(TO* __restrict__ out, const TR* __restrict__ residual, const TX* __restrict__ x, Mask mask,
+    add_kept_kernel(TO* __restrict__ out, const TR* __restrict__ residual, const TX* __restrict__ x, Sources sources,
                     Gamma gamma, Rows rows, RowStrides strides, RowStrides residual_strides, Tiling tiling,
                     Opmath<TO> scale) {
   constexpr bool kHasResidual = !std::is_void_v<TR>;
   constexpr int kVectors = kUnroll<TR, kHasGamma>;
   using Residual = std::conditional_t<kHasResidual, TR, TO>;
-  constexpr int64_t kDropped = -1;
-  __shared__ int64_t sources[kThreads * kVectors];  // offset of each row in x, or kDropped
-  __shared__ int64_t residual_sources[kHasResidual ? kThreads * kVectors : 1];
+  __shared__ int64_t offsets[kThreads * kVectors];  // of each row in x, or kDropped
+  __shared__ int64_t residual_offsets[kHasResidual ? kThreads * kVectors : 1];
 
   const Tile tile = tiling.tile(blockIdx.x, rows);
 #pragma unroll 1
   for (int i = threadIdx.x; i < tile.rows; i += kThreads) {
     const int64_t row = tile.first_row + i;
     const bool writes_mask = tile.first_column == 0 && row < rows.samples;
-    const bool is_kept = mask(rows.sample_of(row), writes_mask);
-    sources[i] = is_kept ? strides.offset_of(row, rows) + tile.first_column : kDropped;
+    const RowPlace place = rows.place_of(row);
+    const int64_t source = sources(place.sample, writes_mask);
+    offsets[i] = source == kDropped ? kDropped : strides.offset_of(source, place.outer) + tile.first_column;
     if constexpr (kHasResidual) {
-      residual_sources[i] = residual_strides.offset_of(row, rows) + tile.first_column;
+      residual_offsets[i] = residual_strides.offset_of(place.sample, place.outer) + tile.first_column;
     }
   }
   __syncthreads();
@@ -52,13 +52,13 @@ __global__ void __launch_bounds__(kThreads)
     if (vector < vectors) {
       const int row = tile.rows == 1 ? 0 : vector / vectors_per_row;
       const int column = (vector - row * vectors_per_row) * kWidth;
-      const int64_t source = sources[row];
-      is_kept[i] = source != kDropped;
+      const int64_t offset = offsets[row];
+      is_kept[i] = offset != kDropped;
       if (is_kept[i]) {
-        values[i] = load_vector<TX, kWidth>(x + source + column);
+        values[i] = load_vector<TX, kWidth>(x + offset + column);
       }
       if constexpr (kHasResidual) {
-        residuals[i] = load_vector<TR, kWidth>(residual + residual_sources[row] + column);
+        residuals[i] = load_vector<TR, kWidth>(residual + residual_offsets[row] + column);
       }
     }
   }

@@ -13,6 +13,7 @@
 
 #include "../ops.h"
 #include "add_kept.cuh"
+#include "draw_fixed.cuh"
 #include "gamma_grad.cuh"
 
 namespace droppath_ext {
@@ -79,7 +80,7 @@ Gamma gamma_operand(const at::Tensor& gamma, const Channels& channels, double sc
 }
 
 template <typename TO, typename TR, typename TX, int kWidth, bool kHasGamma>
-void launch_add_kept(TO* out, const TR* residual, const TX* x, const Mask& mask, const Gamma& gamma, const Rows& rows,
+void launch_add_kept(TO* out, const TR* residual, const TX* x, const Sources& sources, const Gamma& gamma, const Rows& rows,
                      const RowStrides& strides, const RowStrides& residual_strides, double scale) {
   const Tiling tiling = Tiling::make(rows, kThreads * kUnroll<TR, kHasGamma>, kWidth);
   const unsigned blocks = check_blocks(tiling.tiles(rows));
@@ -87,17 +88,18 @@ void launch_add_kept(TO* out, const TR* residual, const TX* x, const Mask& mask,
     return;
   }
   add_kept_kernel<TO, TR, TX, kWidth, kHasGamma><<<blocks, kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
-      out, residual, x, mask, gamma, rows, strides, residual_strides, tiling, static_cast<Opmath<TO>>(scale));
+      out, residual, x, sources, gamma, rows, strides, residual_strides, tiling, static_cast<Opmath<TO>>(scale));
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-// out = kept ? x * scale (* gamma) (+ residual) : residual or 0. TR is void where there is no residual.
+// For each sample: out = x[source] * scale (* gamma) (+ residual), or where it is dropped the residual or 0. There are
+// `entries` sources. TR is void where there is no residual.
 template <typename TO, typename TR, typename TX, bool kHasGamma>
 void add_kept(const at::Tensor& out, const at::Tensor* residual, const at::Tensor& x, const at::Tensor* gamma,
-              const Mask& mask, int64_t keep_size, double scale) {
+              const Sources& sources, int64_t entries, double scale) {
   constexpr int kWidth = kVectorWidth<TO, TX>;
-  const Rows rows = find_rows(out, keep_size);
-  const Input x_rows = with_rows(x, out, rows);
+  const Rows rows = find_rows(out, entries);
+  const Input x_rows = with_rows(x, out, rows, sources.kind == Sources::kIndex);
   auto* out_data = static_cast<TO*>(out.mutable_data_ptr());
   const auto* x_data = data_of<TX>(x_rows.tensor);
   bool vectorizes =
@@ -121,7 +123,7 @@ void add_kept(const at::Tensor& out, const at::Tensor* residual, const at::Tenso
     if constexpr (kHasGamma) {
       operand = gamma_operand<TX, kLaunchWidth>(dense_gamma, channels, scale);
     }
-    launch_add_kept<TO, TR, TX, kLaunchWidth, kHasGamma>(out_data, residual_data, x_data, mask, operand, rows,
+    launch_add_kept<TO, TR, TX, kLaunchWidth, kHasGamma>(out_data, residual_data, x_data, sources, operand, rows,
                                                          x_rows.strides, residual_rows.strides, scale);
   };
   if (vectorizes) {
@@ -143,29 +145,33 @@ void dispatch(at::ScalarType dtype, const F& body) {
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "droppath_ext", [&] { body(Native<scalar_t>()); });
 }
 
-// The gradient of gamma, and that of x unless grad_x is null. grad is dense, and its rows hold whole channels.
+// The gradient of gamma, and that of x unless grad_x is null. `layout` is dense, of x's shape, and lies in memory as
+// grad_x does, with whole channels in its rows.
 template <typename TG, typename TX>
-at::Tensor backward_kept(const at::Tensor* grad_x, const at::Tensor& grad, const at::Tensor& x, const at::Tensor& gamma,
-                         const Mask& mask, int64_t keep_size, double scale) {
+at::Tensor backward_kept(const at::Tensor* grad_x, const at::Tensor& layout, const at::Tensor& grad,
+                         const at::Tensor& x, const at::Tensor& gamma, const Sources& sources, int64_t entries,
+                         double scale) {
   using F = Opmath<TX>;
   constexpr int kWidth = kVectorWidth<TG, TX>;
-  const Rows rows = find_rows(grad, keep_size);
-  const Channels channels = find_channels(grad, gamma_dim(grad, gamma));
-  const Input x_rows = with_rows(x, grad, rows);
+  const Rows rows = find_rows(layout, entries);
+  const Channels channels = find_channels(layout, gamma_dim(layout, gamma));
+  const Input x_rows = with_rows(x, layout, rows);
+  const Input grad_rows = with_rows(grad, layout, rows, sources.kind == Sources::kIndex);
   const at::Tensor dense_gamma = readable_gamma<TX>(gamma);
   BackwardArgs<TG, TX> args{grad_x == nullptr ? nullptr : static_cast<TX*>(grad_x->mutable_data_ptr()),
                             nullptr,
-                            data_of<TG>(grad),
+                            data_of<TG>(grad_rows.tensor),
                             data_of<TX>(x_rows.tensor),
-                            mask,
+                            sources,
                             Gamma{},
                             rows,
                             x_rows.strides,
+                            grad_rows.strides,
                             static_cast<F>(scale)};
   const auto vectorizes = [&](auto width) {
     constexpr int kTriedWidth = decltype(width)::value;
     return (channels.inner == 1 ? channels.count : channels.inner) % kTriedWidth == 0 &&
-           is_aligned<kTriedWidth>(args.grad) && is_aligned<kTriedWidth>(args.grad_x) &&
+           is_vectorizable<kTriedWidth>(args.grad, grad_rows.strides) && is_aligned<kTriedWidth>(args.grad_x) &&
            is_vectorizable<kTriedWidth>(args.x, x_rows.strides);
   };
   const auto stream = c10::cuda::getCurrentCUDAStream();
@@ -179,7 +185,7 @@ at::Tensor backward_kept(const at::Tensor* grad_x, const at::Tensor& grad, const
     args.gamma = gamma_operand<TX, kLaunchWidth>(dense_gamma, channels, scale);
     if (channels.inner == 1) {
       const Columns columns = Columns::make(channels.count, kLaunchWidth);
-      const int64_t lines = grad.numel() / channels.count;
+      const int64_t lines = layout.numel() / channels.count;
       // One wave of blocks, so that few parts are left to sum.
       const int64_t wave = std::max<int64_t>(4 * multiprocessors() / columns.tiles, 1);
       const int64_t lines_of_block = columns.lines * kLinesInFlight;
@@ -190,7 +196,7 @@ at::Tensor backward_kept(const at::Tensor* grad_x, const at::Tensor& grad, const
     } else {
       constexpr int kSegmentsOfBlock = kThreads / kWarp;
       const Segments segments = Segments::make(channels.inner);
-      const int64_t planes = grad.numel() / channels.inner;
+      const int64_t planes = layout.numel() / channels.inner;
       allocate_parts(planes / channels.count * segments.count);
       const int64_t blocks = (planes * segments.count + kSegmentsOfBlock - 1) / kSegmentsOfBlock;
       planes_backward_kernel<TG, TX, kLaunchWidth>
@@ -222,117 +228,103 @@ at::Tensor backward_kept(const at::Tensor* grad_x, const at::Tensor& grad, const
   return grad_gamma;
 }
 
-Mask saved_mask(const at::Tensor& keep) {
-  Mask mask{};
-  mask.source = keep.numel() == 0 ? Mask::kAllKept : Mask::kSaved;
-  mask.keep = const_cast<bool*>(keep.const_data_ptr<bool>());  // only a drawn mask is written
-  return mask;
+// The state that the next draw starts from; the generator moves on.
+at::PhiloxCudaState next_philox_state(at::Device device, const std::optional<at::Generator>& generator) {
+  auto* cuda_generator = at::get_generator_or_default<at::CUDAGeneratorImpl>(
+      generator, at::cuda::detail::getDefaultCUDAGenerator(device.index()));
+  const std::lock_guard<std::mutex> lock(cuda_generator->mutex_);
+  return cuda_generator->philox_cuda_state(/*increment=*/4);
 }
 
-Mask drawn_mask(const at::Tensor& keep, double drop_prob, const std::optional<at::Generator>& generator) {
-  auto* cuda_generator = at::get_generator_or_default<at::CUDAGeneratorImpl>(
-      generator, at::cuda::detail::getDefaultCUDAGenerator(keep.device().index()));
-  std::lock_guard<std::mutex> lock(cuda_generator->mutex_);
-  return {Mask::kDrawn, keep.mutable_data_ptr<bool>(), cuda_generator->philox_cuda_state(/*increment=*/4),
-          keep_threshold(drop_prob)};
+Sources saved_mask(const at::Tensor& keep) {
+  Sources sources{};
+  sources.kind = keep.numel() == 0 ? Sources::kAllKept : Sources::kSavedMask;
+  sources.keep = const_cast<bool*>(keep.const_data_ptr<bool>());  // only a drawn mask is written
+  return sources;
+}
+
+Sources drawn_mask(const at::Tensor& keep, double drop_prob, const std::optional<at::Generator>& generator) {
+  Sources sources{};
+  sources.kind = Sources::kDrawnMask;
+  sources.keep = keep.mutable_data_ptr<bool>();
+  sources.philox = next_philox_state(keep.device(), generator);
+  sources.threshold = keep_threshold(drop_prob);
+  return sources;
+}
+
+// Of an input of so many samples; index is dense.
+Sources indexed(const at::Tensor& index, int64_t samples) {
+  Sources sources{};
+  sources.kind = Sources::kIndex;
+  sources.index = index.const_data_ptr<int64_t>();
+  sources.limit = samples;
+  return sources;
 }
 
 at::Tensor empty_mask(const at::Tensor& x, int64_t size) { return at::empty({size}, x.options().dtype(at::kBool)); }
 
-at::Tensor scale_kept(const at::Tensor& x, const Mask& mask, int64_t keep_size, double scale) {
-  at::Tensor out = at::empty_like(x);
+// out = x[source] * scale, or 0 where it is dropped.
+void scale_kept(const at::Tensor& out, const at::Tensor& x, const Sources& sources, int64_t entries, double scale) {
   dispatch(x.scalar_type(), [&](auto type) {
     using T = decltype(type);
-    add_kept<T, void, T, false>(out, nullptr, x, nullptr, mask, keep_size, scale);
+    add_kept<T, void, T, false>(out, nullptr, x, nullptr, sources, entries, scale);
   });
-  return out;
 }
 
-std::tuple<at::Tensor, at::Tensor> drop_path_cuda(const at::Tensor& x, double drop_prob, bool scale_by_keep,
-                                                  bool per_sample, const std::optional<at::Generator>& generator) {
-  check_input(x, "x");
-  check_drop_prob(drop_prob);
-  const c10::cuda::CUDAGuard guard(x.device());
-  at::Tensor keep = empty_mask(x, keep_size(x, per_sample).expect_int());
-  const Mask mask = drawn_mask(keep, drop_prob, generator);
-  at::Tensor out = scale_kept(x, mask, keep.numel(), keep_scale(drop_prob, scale_by_keep));
-  return {std::move(out), std::move(keep)};
-}
-
-at::Tensor drop_path_backward_cuda(const at::Tensor& grad, const at::Tensor& keep, double scale) {
-  check_input(grad, "grad");
-  check_keep(keep, grad);
-  const c10::cuda::CUDAGuard guard(grad.device());
-  const at::Tensor dense_keep = keep.contiguous();
-  return scale_kept(grad, saved_mask(dense_keep), keep.numel(), scale);
-}
-
-std::tuple<at::Tensor, at::Tensor> drop_path_add_cuda(const at::Tensor& x, const at::Tensor& residual,
-                                                      const std::optional<at::Tensor>& gamma, double drop_prob,
-                                                      bool scale_by_keep, bool per_sample,
-                                                      const std::optional<at::Generator>& generator) {
-  check_add_inputs(x, residual, gamma);
-  check_drop_prob(drop_prob);
-  const c10::cuda::CUDAGuard guard(x.device());
-  at::Tensor keep = empty_mask(x, add_keep_size(x, drop_prob, per_sample).expect_int());
-  const Mask mask = drop_prob == 0.0 ? saved_mask(keep) : drawn_mask(keep, drop_prob, generator);
-  const double scale = keep_scale(drop_prob, scale_by_keep);
-  const auto dtype = add_dtype(x, residual, gamma);
-  at::Tensor out = at::empty_like(x, x.options().dtype(dtype));
+// out = residual + x[source] * gamma * scale, or the residual where it is dropped.
+void add_kept_to(const at::Tensor& out, const at::Tensor& residual, const at::Tensor& x,
+                 const std::optional<at::Tensor>& gamma, const Sources& sources, int64_t entries, double scale) {
+  const at::Tensor* gamma_pointer = gamma ? &*gamma : nullptr;
   dispatch(x.scalar_type(), [&](auto type) {
     using T = decltype(type);
-    const at::Tensor* gamma_pointer = gamma ? &*gamma : nullptr;
-    if (dtype == x.scalar_type()) {
-      (gamma ? add_kept<T, T, T, true> : add_kept<T, T, T, false>)(out, &residual, x, gamma_pointer, mask, keep.numel(),
-                                                                   scale);
+    const auto run = [&](auto kernel) { kernel(out, &residual, x, gamma_pointer, sources, entries, scale); };
+    if (out.scalar_type() == x.scalar_type()) {
+      run(gamma ? add_kept<T, T, T, true> : add_kept<T, T, T, false>);
     } else if constexpr (sizeof(T) == 2) {
       if (residual.scalar_type() == x.scalar_type()) {
-        add_kept<float, T, T, true>(out, &residual, x, gamma_pointer, mask, keep.numel(), scale);
+        run(add_kept<float, T, T, true>);
       } else {
-        (gamma ? add_kept<float, float, T, true> : add_kept<float, float, T, false>)(out, &residual, x, gamma_pointer,
-                                                                                     mask, keep.numel(), scale);
+        run(gamma ? add_kept<float, float, T, true> : add_kept<float, float, T, false>);
       }
     }
   });
-  return {std::move(out), std::move(keep)};
 }
 
-std::tuple<at::Tensor, at::Tensor> drop_path_add_backward_cuda(const at::Tensor& grad,
-                                                               const std::optional<at::Tensor>& x,
-                                                               const std::optional<at::Tensor>& gamma,
-                                                               const at::Tensor& keep, double scale,
-                                                               at::ScalarType dtype, std::array<bool, 2> output_mask) {
-  check_add_backward_inputs(grad, x, gamma, keep, dtype, output_mask);
-  const c10::cuda::CUDAGuard guard(grad.device());
-  const at::Tensor dense_keep = keep.contiguous();
-  const Mask mask = saved_mask(dense_keep);
+// The backward of add_kept_to: writes the gradient of x, in the layout of grad and with `samples` samples, and returns
+// it and that of gamma; empty where output_mask does not ask for it.
+std::tuple<at::Tensor, at::Tensor> add_kept_backward(const at::Tensor& grad, const std::optional<at::Tensor>& x,
+                                                     const std::optional<at::Tensor>& gamma, const Sources& sources,
+                                                     int64_t entries, int64_t samples, double scale,
+                                                     at::ScalarType dtype, std::array<bool, 2> output_mask) {
+  const bool is_gathered = sources.kind == Sources::kIndex;
   const auto options = grad.options().dtype(dtype);
-  at::Tensor grad_x = output_mask[0] ? at::empty_like(grad, options) : at::empty({0}, options);
-  at::Tensor grad_gamma = at::empty({0}, options);
-  if (grad.numel() == 0) {
-    return {grad_x, output_mask[1] ? at::zeros_like(*gamma, at::MemoryFormat::Contiguous) : grad_gamma};
-  }
-  at::Tensor dense_grad, dense_grad_x = grad_x;
-  if (output_mask[1]) {
-    dense_grad = dense_like(grad);
-    const Channels channels = find_channels(dense_grad, gamma_dim(dense_grad, *gamma));
-    if (find_rows(dense_grad, keep.numel()).length % (channels.inner * channels.count) != 0) {
+  at::Tensor grad_x = !output_mask[0] ? at::empty({0}, options)
+                      : is_gathered   ? empty_samples(grad, samples, dtype)
+                                      : at::empty_like(grad, options);
+  const bool sums = output_mask[1] && x->numel() != 0;
+  at::Tensor grad_gamma = output_mask[1] && !sums ? at::zeros_like(*gamma, at::MemoryFormat::Contiguous)
+                                                  : at::empty({0}, options);
+  at::Tensor dense_grad, layout, dense_grad_x = grad_x;
+  if (sums) {
+    dense_grad = is_gathered ? grad : dense_like(grad);
+    layout = output_mask[0] ? grad_x : is_gathered ? dense_like(*x) : dense_grad;
+    const Channels channels = find_channels(layout, gamma_dim(layout, *gamma));
+    if (find_rows(layout, entries).length % (channels.inner * channels.count) != 0) {
       // A channel is spread over the samples, say in [B, C] stored as [C, B].
-      dense_grad = grad.contiguous();
-      dense_grad_x = output_mask[0] ? at::empty_like(dense_grad, options) : grad_x;
+      layout = at::empty(layout.sizes(), options);
+      dense_grad_x = output_mask[0] ? layout : grad_x;
     }
   }
   dispatch(dtype, [&](auto type) {
     using T = decltype(type);
     const auto run = [&](auto grad_type) {
       using TG = decltype(grad_type);
-      if (output_mask[1]) {
-        grad_gamma = backward_kept<TG, T>(output_mask[0] ? &dense_grad_x : nullptr, dense_grad, *x, *gamma, mask,
-                                          keep.numel(), scale);
+      if (sums) {
+        grad_gamma = backward_kept<TG, T>(output_mask[0] ? &dense_grad_x : nullptr, layout, dense_grad, *x, *gamma,
+                                          sources, entries, scale);
       } else if (output_mask[0]) {
-        (gamma ? add_kept<T, void, TG, true> : add_kept<T, void, TG, false>)(grad_x, nullptr, grad,
-                                                                             gamma ? &*gamma : nullptr, mask,
-                                                                             keep.numel(), scale);
+        (gamma ? add_kept<T, void, TG, true> : add_kept<T, void, TG, false>)(
+            grad_x, nullptr, grad, gamma ? &*gamma : nullptr, sources, entries, scale);
       }
     };
     if (grad.scalar_type() == dtype) {
@@ -347,6 +339,102 @@ std::tuple<at::Tensor, at::Tensor> drop_path_add_backward_cuda(const at::Tensor&
   return {std::move(grad_x), std::move(grad_gamma)};
 }
 
+std::tuple<at::Tensor, at::Tensor> drop_path_cuda(const at::Tensor& x, double drop_prob, bool scale_by_keep,
+                                                  bool per_sample, const std::optional<at::Generator>& generator) {
+  check_input(x, "x");
+  check_drop_prob(drop_prob);
+  const c10::cuda::CUDAGuard guard(x.device());
+  at::Tensor keep = empty_mask(x, keep_size(x, per_sample).expect_int());
+  at::Tensor out = at::empty_like(x);
+  scale_kept(out, x, drawn_mask(keep, drop_prob, generator), keep.numel(), keep_scale(drop_prob, scale_by_keep));
+  return {std::move(out), std::move(keep)};
+}
+
+at::Tensor drop_path_backward_cuda(const at::Tensor& grad, const at::Tensor& keep, double scale) {
+  check_input(grad, "grad");
+  check_keep(keep, grad);
+  const c10::cuda::CUDAGuard guard(grad.device());
+  const at::Tensor dense_keep = keep.contiguous();
+  at::Tensor grad_x = at::empty_like(grad);
+  scale_kept(grad_x, grad, saved_mask(dense_keep), keep.numel(), scale);
+  return grad_x;
+}
+
+std::tuple<at::Tensor, at::Tensor> drop_path_add_cuda(const at::Tensor& x, const at::Tensor& residual,
+                                                      const std::optional<at::Tensor>& gamma, double drop_prob,
+                                                      bool scale_by_keep, bool per_sample,
+                                                      const std::optional<at::Generator>& generator) {
+  check_add_inputs(x, residual, gamma);
+  check_drop_prob(drop_prob);
+  const c10::cuda::CUDAGuard guard(x.device());
+  at::Tensor keep = empty_mask(x, add_keep_size(x, drop_prob, per_sample).expect_int());
+  const Sources sources = drop_prob == 0.0 ? saved_mask(keep) : drawn_mask(keep, drop_prob, generator);
+  at::Tensor out = at::empty_like(x, x.options().dtype(add_dtype(x, residual, gamma)));
+  add_kept_to(out, residual, x, gamma, sources, keep.numel(), keep_scale(drop_prob, scale_by_keep));
+  return {std::move(out), std::move(keep)};
+}
+
+std::tuple<at::Tensor, at::Tensor> drop_path_add_backward_cuda(const at::Tensor& grad,
+                                                               const std::optional<at::Tensor>& x,
+                                                               const std::optional<at::Tensor>& gamma,
+                                                               const at::Tensor& keep, double scale,
+                                                               at::ScalarType dtype, std::array<bool, 2> output_mask) {
+  check_add_backward_inputs(grad, x, gamma, keep, dtype, output_mask);
+  const c10::cuda::CUDAGuard guard(grad.device());
+  const at::Tensor dense_keep = keep.contiguous();
+  return add_kept_backward(grad, x, gamma, saved_mask(dense_keep), keep.numel(), grad.size(0), scale, dtype,
+                           output_mask);
+}
+
+at::Tensor gather_cuda(const at::Tensor& x, const at::Tensor& index, const at::Tensor& inverse) {
+  check_input(x, "x");
+  check_index(index, inverse, x);
+  const c10::cuda::CUDAGuard guard(x.device());
+  const at::Tensor dense_index = index.contiguous();
+  at::Tensor out = empty_samples(x, index.size(0), x.scalar_type());
+  scale_kept(out, x, indexed(dense_index, x.size(0)), index.size(0), /*scale=*/1.0);
+  return out;
+}
+
+at::Tensor scatter_add_cuda(const at::Tensor& y, const at::Tensor& residual, const std::optional<at::Tensor>& gamma,
+                            const at::Tensor& slots, const at::Tensor& kept, double scale) {
+  check_scatter_add_inputs(y, residual, gamma, slots, kept);
+  const c10::cuda::CUDAGuard guard(y.device());
+  const at::Tensor dense_slots = slots.contiguous();
+  const Sources sources = is_gathered(slots, kept) ? indexed(dense_slots, y.size(0)) : Sources{};
+  at::Tensor out = at::empty_like(residual, residual.options().dtype(add_dtype(y, residual, gamma)));
+  add_kept_to(out, residual, y, gamma, sources, slots.numel(), scale);
+  return out;
+}
+
+std::tuple<at::Tensor, at::Tensor> scatter_add_backward_cuda(const at::Tensor& grad, const std::optional<at::Tensor>& y,
+                                                             const std::optional<at::Tensor>& gamma,
+                                                             const at::Tensor& slots, const at::Tensor& kept,
+                                                             double scale, at::ScalarType dtype,
+                                                             std::array<bool, 2> output_mask) {
+  check_scatter_add_backward_inputs(grad, y, gamma, slots, kept, dtype, output_mask);
+  const c10::cuda::CUDAGuard guard(grad.device());
+  const at::Tensor dense_kept = kept.contiguous();
+  const bool gathers = is_gathered(slots, kept);
+  return add_kept_backward(grad, y, gamma, gathers ? indexed(dense_kept, grad.size(0)) : Sources{}, kept.numel(),
+                           gathers ? kept.size(0) : grad.size(0), scale, dtype, output_mask);
+}
+
+std::tuple<at::Tensor, at::Tensor> draw_fixed_cuda(const at::Tensor& x, c10::SymInt count,
+                                                   const std::optional<at::Generator>& generator) {
+  check_count(x, count);
+  const c10::cuda::CUDAGuard guard(x.device());
+  const auto options = x.options().dtype(at::kLong);
+  const int64_t size = x.size(0);
+  at::Tensor slots = at::empty({size}, options);
+  at::Tensor kept = at::empty({count.expect_int()}, options);
+  draw_fixed_kernel<<<1, kDrawThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
+      slots.mutable_data_ptr<int64_t>(), kept.mutable_data_ptr<int64_t>(), next_philox_state(x.device(), generator),
+      size, kept.numel());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return {std::move(slots), std::move(kept)};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(droppath_ext, CUDA, m) {
@@ -354,6 +442,10 @@ TORCH_LIBRARY_IMPL(droppath_ext, CUDA, m) {
   m.impl("drop_path_backward", &drop_path_backward_cuda);
   m.impl("drop_path_add", &drop_path_add_cuda);
   m.impl("drop_path_add_backward", &drop_path_add_backward_cuda);
+  m.impl("gather", &gather_cuda);
+  m.impl("scatter_add", &scatter_add_cuda);
+  m.impl("scatter_add_backward", &scatter_add_backward_cuda);
+  m.impl("draw_fixed", &draw_fixed_cuda);
 }
 
 }  // namespace droppath_ext

@@ -9,20 +9,21 @@
 
 namespace droppath_ext {
 
-constexpr int kWarp = 32;
 constexpr int kLinesInFlight = 4;
 
-// grad_x may be null, which asks for the sums alone; x has rows of its own, grad and grad_x are dense.
+// grad_x may be null, which asks for the sums alone. Rows are those of x's samples, in the memory of grad_x; grad is
+// read where `sources` says.
 template <typename TG, typename TX>
 struct BackwardArgs {
   TX* grad_x;
   Opmath<TX>* parts;
   const TG* grad;
   const TX* x;
-  Mask mask;
+  Sources sources;
   Gamma gamma;
   Rows rows;
   RowStrides strides;
+  RowStrides grad_strides;
   Opmath<TX> scale;
 };
 
@@ -73,12 +74,15 @@ __global__ void __launch_bounds__(kThreads)
         is_kept[i] = false;
         if (line < lines) {
           const int64_t row = divide(line, lines_per_row);
-          is_kept[i] = args.mask(args.rows.sample_of(row));
+          const RowPlace place = args.rows.place_of(row);
+          const int64_t source = args.sources(place.sample);
+          is_kept[i] = source != kDropped;
           if (is_kept[i]) {
-            const int64_t source =
-                args.strides.offset_of(row, args.rows) + (line - row * lines_per_row) * channels + channel;
-            grads[i] = load_vector<TG, kWidth>(args.grad + line * channels + channel);
-            values[i] = load_vector<TX, kWidth>(args.x + source);
+            const int64_t column = (line - row * lines_per_row) * channels + channel;
+            const int64_t grad_offset = args.grad_strides.offset_of(source, place.outer);
+            grads[i] = load_vector<TG, kWidth>(args.grad + grad_offset + column);
+            const int64_t offset = args.strides.offset_of(place.sample, place.outer);
+            values[i] = load_vector<TX, kWidth>(args.x + offset + column);
           }
         }
       }
@@ -149,9 +153,12 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t segment = warp - plane * segments.count;
   const int64_t planes_per_row = divide(args.rows.length, inner);
   const int64_t row = divide(plane, planes_per_row);
-  const bool is_kept = args.mask(args.rows.sample_of(row));
-  const int64_t place = plane * inner;
-  const int64_t source = args.strides.offset_of(row, args.rows) + (plane - row * planes_per_row) * inner;
+  const RowPlace place = args.rows.place_of(row);
+  const int64_t source = args.sources(place.sample);
+  const bool is_kept = source != kDropped;
+  const int64_t column = (plane - row * planes_per_row) * inner;
+  const int64_t grad_offset = is_kept ? args.grad_strides.offset_of(source, place.outer) + column : 0;
+  const int64_t offset = args.strides.offset_of(place.sample, place.outer) + column;
   const int64_t outer = divide(plane, channels);
   const int64_t channel = plane - outer * channels;
   const F factor = args.gamma.factor(args.gamma.template value<TX>(channel), args.scale);
@@ -163,8 +170,8 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t i = first + lane * kWidth; i < last; i += kWarp * kWidth) {
     Vector<TX, kWidth> result{};
     if (is_kept) {
-      const auto grads = load_vector<TG, kWidth>(args.grad + place + i);
-      const auto values = load_vector<TX, kWidth>(args.x + source + i);
+      const auto grads = load_vector<TG, kWidth>(args.grad + grad_offset + i);
+      const auto values = load_vector<TX, kWidth>(args.x + offset + i);
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) {
         const F grad = to_opmath(grads.values[j]);
@@ -173,7 +180,7 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
     if (args.grad_x != nullptr) {
-      store_vector(args.grad_x + place + i, result);
+      store_vector(args.grad_x + plane * inner + i, result);
     }
   }
 #pragma unroll

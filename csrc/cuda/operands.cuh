@@ -1,4 +1,4 @@
-// What the kernels read beside x: the keep mask and gamma.
+// What the kernels read beside x: which samples are kept, and gamma.
 #pragma once
 
 #include <c10/macros/Macros.h>
@@ -15,22 +15,28 @@
 
 namespace droppath_ext {
 
-// Where the keep mask comes from.
-struct Mask {
-  enum Source { kDrawn, kSaved, kAllKept };
+// For each sample of an output, the sample of the input that it is made from.
+struct Sources {
+  enum Kind { kAllKept, kDrawnMask, kSavedMask, kIndex };
 
-  Source source;
-  bool* keep;  // [samples]; written if drawn, read if saved
+  Kind kind;
+  bool* keep;            // [samples]; written if drawn, read if saved
+  const int64_t* index;  // [samples]
+  int64_t limit;         // samples of the input
   at::PhiloxCudaState philox;
   uint64_t threshold;
 
-  // `write` is true for one block of each sample.
-  __device__ bool operator()(int64_t sample, bool write = false) const {
-    if (source == kAllKept) {
-      return true;
+  // kDropped for none. `write` is true for one block of each sample.
+  __device__ int64_t operator()(int64_t sample, bool write = false) const {
+    if (kind == kAllKept) {
+      return sample;
     }
-    if (source == kSaved) {
-      return keep[sample];
+    if (kind == kIndex) {
+      const int64_t source = index[sample];
+      return source < limit ? source : kDropped;  // a kernel cannot raise; it reads nothing that is not there
+    }
+    if (kind == kSavedMask) {
+      return keep[sample] ? sample : kDropped;
     }
     // Unpacked here, not on the host: under CUDA-graph capture the state lives in device memory.
     const auto [seed, offset] = at::cuda::philox::unpack(philox);
@@ -38,7 +44,7 @@ struct Mask {
     if (write) {
       keep[sample] = kept;
     }
-    return kept;
+    return kept ? sample : kDropped;
   }
 };
 

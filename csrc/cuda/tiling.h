@@ -10,6 +10,7 @@
 namespace droppath_ext {
 
 constexpr int kThreads = 256;
+constexpr int kWarp = 32;
 
 // Part of one row, or several whole rows.
 struct Tile {
