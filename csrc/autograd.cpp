@@ -300,10 +300,12 @@ at::Tensor scatter_add_autograd(const at::Tensor& y, const at::Tensor& residual,
   return out;
 }
 
-std::tuple<at::Tensor, at::Tensor> scatter_add_backward_autograd(
-    const at::Tensor& grad, const std::optional<at::Tensor>& y, const std::optional<at::Tensor>& gamma,
-    const at::Tensor& slots, const at::Tensor& kept, double scale, at::ScalarType dtype,
-    std::array<bool, 2> output_mask) {
+std::tuple<at::Tensor, at::Tensor> scatter_add_backward_autograd(const at::Tensor& grad,
+                                                                 const std::optional<at::Tensor>& y,
+                                                                 const std::optional<at::Tensor>& gamma,
+                                                                 const at::Tensor& slots, const at::Tensor& kept,
+                                                                 double scale, at::ScalarType dtype,
+                                                                 std::array<bool, 2> output_mask) {
   if (!is_differentiated(grad, y, gamma)) {
     at::AutoDispatchBelowADInplaceOrView guard;
     return scatter_add_backward(grad, y, gamma, slots, kept, scale, dtype, output_mask);

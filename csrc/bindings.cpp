@@ -116,8 +116,8 @@ std::optional<at::Tensor> scatter_add(py::handle y, py::handle residual, py::han
   return droppath_ext::scatter_add(operands->x, operands->residual, operands->gamma, index(slots), index(kept), scale);
 }
 
-std::tuple<at::Tensor, at::Tensor> draw_bernoulli(int64_t size, double drop_prob, at::Device device,
-                                                  const std::optional<at::Generator>& generator) {
+std::tuple<at::Tensor, at::Tensor, int64_t> draw_bernoulli(int64_t size, double drop_prob, at::Device device,
+                                                           const std::optional<at::Generator>& generator) {
   droppath_ext::check_drop_prob(drop_prob);
   py::gil_scoped_release no_gil;
   return droppath_ext::draw_bernoulli(size, drop_prob, device, generator);

@@ -29,8 +29,7 @@ TORCH_LIBRARY(droppath_ext, m) {
   m.def("gather(Tensor x, Tensor index, Tensor inverse) -> Tensor");
   // drop_path_add of samples that are elsewhere: out[b] = residual[b] + gamma * y[slots[b]] * scale, the residual where
   // the slot is -1. kept is the inverse of slots; both are empty where y has a row for each sample.
-  m.def(
-      "scatter_add(Tensor y, Tensor residual, Tensor? gamma, Tensor slots, Tensor kept, float scale) -> Tensor");
+  m.def("scatter_add(Tensor y, Tensor residual, Tensor? gamma, Tensor slots, Tensor kept, float scale) -> Tensor");
   m.def(
       "scatter_add_backward(Tensor grad, Tensor? y, Tensor? gamma, Tensor slots, Tensor kept, float scale,"
       " ScalarType dtype, bool[2] output_mask) -> (Tensor grad_y, Tensor grad_gamma)");
@@ -282,8 +281,7 @@ at::Tensor empty_samples(const at::Tensor& x, c10::SymInt samples, at::ScalarTyp
     is_expanded = is_expanded || stride == 0;
   }
   if (!is_expanded) {
-    std::stable_sort(dims.begin(), dims.end(),
-                     [&](int64_t a, int64_t b) { return x.sym_stride(a) > x.sym_stride(b); });
+    std::stable_sort(dims.begin(), dims.end(), [&](int64_t a, int64_t b) { return x.sym_stride(a) > x.sym_stride(b); });
   }
   at::SymDimVector strides(x.dim());
   c10::SymInt stride = 1;
@@ -343,7 +341,8 @@ Input with_rows(const at::Tensor& x, const at::Tensor& out, const Rows& rows, bo
   if (const auto strides = find_row_strides(x, out, rows, is_gathered)) {
     return {x, *strides};
   }
-  const at::Tensor copy = is_gathered ? empty_samples(out, x.size(0), x.scalar_type()) : at::empty_like(out, x.options());
+  const at::Tensor copy =
+      is_gathered ? empty_samples(out, x.size(0), x.scalar_type()) : at::empty_like(out, x.options());
   copy.copy_(x);
   return {copy, find_row_strides(copy, out, rows, is_gathered).value()};
 }

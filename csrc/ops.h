@@ -81,10 +81,11 @@ at::Tensor draw_keep_mask(uint64_t seed, uint64_t offset, int64_t size, double d
 // What draw_fixed gives on the CPU, or on CUDA with this generator state; on the CPU.
 std::tuple<at::Tensor, at::Tensor> fixed_samples(uint64_t seed, uint64_t offset, int64_t size, int64_t count);
 
-// Independent draws on the host, so that the number of kept samples is known at once: the row of each sample, -1 if it
-// is dropped, [size]; and the samples that are kept, [kept]. int64, on the device.
-std::tuple<at::Tensor, at::Tensor> draw_bernoulli(int64_t size, double drop_prob, at::Device device,
-                                                  const std::optional<at::Generator>& generator);
+// Independent draws on the host, so that the number of kept samples, the last result, is known at once: the row of each
+// sample, -1 if it is dropped, [size]; and the samples that are kept, or -1 if there is none, [max(kept, 1)]. int64, on
+// the device.
+std::tuple<at::Tensor, at::Tensor, int64_t> draw_bernoulli(int64_t size, double drop_prob, at::Device device,
+                                                           const std::optional<at::Generator>& generator);
 
 // An empty tensor of `samples` samples of x, dense, its dimensions nested in memory as those of x are.
 at::Tensor empty_samples(const at::Tensor& x, c10::SymInt samples, at::ScalarType dtype);

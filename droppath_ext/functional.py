@@ -156,7 +156,7 @@ def stochastic_depth(
     sampling: str = "bernoulli",
     generator: Generator | None = None,
 ) -> Tensor:
-    """A residual block whose branch is not computed where it is dropped: ``x + drop_path(gamma * branch(x, *batched))``.
+    """A residual block that does not compute what it drops: ``x + drop_path(gamma * branch(x, *batched))``.
 
     The branch runs on the kept samples alone, gathered in one pass; one pass puts them back: LayerScale, scale and
     addition in one kernel, in float32 (float64 if the result is float64), rounded once. A dropped sample of the result

@@ -13,9 +13,10 @@ SAMPLINGS = ("bernoulli", "fixed")
 
 
 class Samples(NamedTuple):
-    """The K of B samples that a branch is computed for, and the way back. One at least: every parameter gets a gradient.
+    """The K of B samples that a branch is computed for, and the way back.
 
-    If all samples are dropped, the branch is computed for sample 0, and its row is added to none.
+    K is 1 at least, so that every parameter gets a gradient: if all samples are dropped, the branch is computed for
+    sample 0, and its row is added to none.
     """
 
     taken: Tensor  # int64 [K]: the sample that each row of the branch is computed from
@@ -51,40 +52,49 @@ def draw_samples(
     x: Tensor, drop_prob: float, scale_by_keep: bool, sampling: str, generator: Generator | None
 ) -> tuple[Samples | None, float]:
     """Draw which samples of x are kept, None for all of them; and the scale of the branch. x has samples."""
-    size = x.shape[0]
     if sampling == "bernoulli":
-        return _draw_bernoulli(x, drop_prob, generator), reference.keep_scale(drop_prob, scale_by_keep)
-    count = fixed_count(size, drop_prob)
-    scale = size / count if scale_by_keep and count else 1.0
-    return _draw_fixed(x, count, generator), scale
+        scale = reference.keep_scale(drop_prob, scale_by_keep)
+        drawn = (_draw_bernoulli_between_graphs if is_compiling() else _draw_bernoulli)(x, drop_prob, generator)
+    else:
+        count = fixed_count(x.shape[0], drop_prob)
+        scale = x.shape[0] / count if scale_by_keep and count else 1.0
+        drawn = _draw_fixed(x, count, generator)
+    if drawn is None:
+        return None, scale
+    slots, kept = drawn
+    # Only one row may be that of a batch without kept samples, and nobody waits for the device to find out.
+    taken = kept if kept.shape[0] > 1 else kept.clamp(min=0)
+    return Samples(taken, kept, slots), scale
 
 
-@torch.compiler.disable(reason="the number of kept samples is drawn on the host, and decides the shapes behind it")
-def _draw_bernoulli(x: Tensor, drop_prob: float, generator: Generator | None) -> Samples | None:
+Drawn = tuple[Tensor, Tensor] | None  # slots and kept of Samples; None if all samples are kept
+
+
+def _draw_bernoulli(x: Tensor, drop_prob: float, generator: Generator | None) -> Drawn:
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             'sampling="bernoulli" draws the number of kept samples on the host, which a CUDA graph cannot replay: '
             'capture with sampling="fixed"'
         )
-    slots, kept = _C.draw_bernoulli(x.shape[0], drop_prob, x.device, generator)
-    count = kept.shape[0]
-    if count == x.shape[0]:
-        return None
-    return Samples(kept, kept, slots) if count else _all_dropped(x)
+    slots, kept, count = _C.draw_bernoulli(x.shape[0], drop_prob, x.device, generator)
+    return None if count == x.shape[0] else (slots, kept)
 
 
-def _draw_fixed(x: Tensor, count: int, generator: Generator | None) -> Samples | None:
-    if count == x.shape[0]:
+@torch.compiler.disable(reason="the number of kept samples is drawn on the host, and decides the shapes behind it")  # type: ignore[untyped-decorator]
+def _draw_bernoulli_between_graphs(x: Tensor, drop_prob: float, generator: Generator | None) -> Drawn:
+    """The same for a batch of any fate: what follows is compiled once for all numbers of kept samples but 1."""
+    slots, kept, _ = _C.draw_bernoulli(x.shape[0], drop_prob, x.device, generator)
+    torch._dynamo.maybe_mark_dynamic(kept, 0)
+    return slots, kept
+
+
+def _draw_fixed(x: Tensor, count: int, generator: Generator | None) -> Drawn:
+    size = x.shape[0]
+    if count == size:
         return None
     if count == 0:
-        return _all_dropped(x)
+        slots = torch.full((size,), -1, device=x.device)
+        return slots, slots[:1]
     if not is_compiling() and _C.uses_fused_path(x):
-        slots, kept = _C.draw_fixed(x, count, generator)
-    else:
-        slots, kept = reference.draw_fixed(x, count, generator)
-    return Samples(kept, kept, slots)
-
-
-def _all_dropped(x: Tensor) -> Samples:
-    none = torch.full((x.shape[0],), -1, device=x.device)
-    return Samples(torch.zeros(1, dtype=torch.int64, device=x.device), none[:1], none)
+        return _C.draw_fixed(x, count, generator)
+    return reference.draw_fixed(x, count, generator)

@@ -42,8 +42,8 @@ Factors<F> make_factors(const at::Tensor& out, const std::optional<at::Tensor>& 
   });
 }
 
-// For each sample: out = x[source] * factors (+ residual), or where it is dropped the residual or 0. `sources` is a keep
-// mask or an index. TR is void where there is no residual.
+// For each sample: out = x[source] * factors (+ residual), or where it is dropped the residual or 0. `sources` is a
+// keep mask or an index. TR is void where there is no residual.
 template <typename TO, typename TR, typename TX>
 void add_kept(const at::Tensor& out, const at::Tensor* residual, const at::Tensor& x,
               const std::optional<at::Tensor>& gamma, const at::Tensor& sources, double scale) {
@@ -212,8 +212,8 @@ at::Tensor add_kept_backward(const at::Tensor* grad_x, const at::Tensor& grad, c
                              const std::optional<at::Tensor>& gamma, const at::Tensor& sources, double scale,
                              at::ScalarType dtype, bool needs_gamma) {
   const bool sums = needs_gamma && x->numel() != 0;
-  at::Tensor grad_gamma = needs_gamma && !sums ? at::zeros_like(*gamma, at::MemoryFormat::Contiguous)
-                                               : at::detail::empty_cpu({0}, dtype);
+  at::Tensor grad_gamma =
+      needs_gamma && !sums ? at::zeros_like(*gamma, at::MemoryFormat::Contiguous) : at::detail::empty_cpu({0}, dtype);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "add_kept_backward", [&] {
     const auto run = [&](auto grad_type) {
       using TG = decltype(grad_type);

@@ -70,20 +70,22 @@ at::Tensor draw_keep_mask(const std::optional<at::Generator>& generator, int64_t
   return draw_keep_mask(draw_seed(generator), /*offset=*/0, size, drop_prob);
 }
 
-std::tuple<at::Tensor, at::Tensor> draw_bernoulli(int64_t size, double drop_prob, at::Device device,
-                                                  const std::optional<at::Generator>& generator) {
+std::tuple<at::Tensor, at::Tensor, int64_t> draw_bernoulli(int64_t size, double drop_prob, at::Device device,
+                                                           const std::optional<at::Generator>& generator) {
   const at::Tensor keep = draw_keep_mask(generator, size, drop_prob);
   const auto* is_kept = keep.const_data_ptr<bool>();
   const int64_t count = std::count(is_kept, is_kept + size, true);
+  const int64_t rows = std::max<int64_t>(count, 1);
   // Both in one buffer, pinned: one copy to the device, for which nobody waits.
   at::Tensor buffer =
-      at::empty({size + count}, at::TensorOptions(at::kLong).pinned_memory(/*pinned_memory=*/device.is_cuda()));
+      at::empty({size + rows}, at::TensorOptions(at::kLong).pinned_memory(/*pinned_memory=*/device.is_cuda()));
   auto* slots = buffer.mutable_data_ptr<int64_t>();
+  slots[size] = kDropped;
   fill_slots(size, slots, slots + size, [&](int64_t sample) { return is_kept[sample]; });
   if (!device.is_cpu()) {
     buffer = buffer.to(device, at::kLong, /*non_blocking=*/true);
   }
-  return {buffer.narrow(0, 0, size), buffer.narrow(0, size, count)};
+  return {buffer.narrow(0, 0, size), buffer.narrow(0, size, rows), count};
 }
 
 TORCH_LIBRARY_IMPL(droppath_ext, CPU, m) { m.impl("draw_fixed", &draw_fixed_cpu); }

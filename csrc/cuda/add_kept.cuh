@@ -12,9 +12,9 @@ namespace droppath_ext {
 template <typename TR, bool kHasGamma>
 constexpr int kUnroll = std::is_void_v<TR> && !kHasGamma ? 4 : 2;
 
-// A block takes one tile. For each of the tile's rows it asks once for the source and notes where the row is to be read; then
-// each thread moves kUnroll vectors, all loaded before the first is used, so that enough reads are in flight to cover
-// the latency of memory. TR is void where there is no residual.
+// A block takes one tile. For each of the tile's rows it asks once for the source and notes where the row is to be
+// read; then each thread moves kUnroll vectors, all loaded before the first is used, so that enough reads are in flight
+// to cover the latency of memory. TR is void where there is no residual.
 template <typename TO, typename TR, typename TX, int kWidth, bool kHasGamma>
 __global__ void __launch_bounds__(kThreads)
     add_kept_kernel(TO* __restrict__ out, const TR* __restrict__ residual, const TX* __restrict__ x, Sources sources,

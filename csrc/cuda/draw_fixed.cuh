@@ -13,8 +13,8 @@ constexpr int kDrawThreads = 1024;
 // One block. Bisects the range of keys until `count` of them are at or below the middle, which of random keys takes
 // about log2(size) turns; then numbers these samples in order. slots: [size], kept: [count].
 __global__ void __launch_bounds__(kDrawThreads)
-    draw_fixed_kernel(int64_t* __restrict__ slots, int64_t* __restrict__ kept, at::PhiloxCudaState philox,
-                      int64_t size, int64_t count) {
+    draw_fixed_kernel(int64_t* __restrict__ slots, int64_t* __restrict__ kept, at::PhiloxCudaState philox, int64_t size,
+                      int64_t count) {
   __shared__ int kept_in_warp[kDrawThreads / kWarp];
   const auto [philox_seed, philox_offset] = at::cuda::philox::unpack(philox);
   const uint64_t seed = philox_seed;

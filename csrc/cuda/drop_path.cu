@@ -80,8 +80,8 @@ Gamma gamma_operand(const at::Tensor& gamma, const Channels& channels, double sc
 }
 
 template <typename TO, typename TR, typename TX, int kWidth, bool kHasGamma>
-void launch_add_kept(TO* out, const TR* residual, const TX* x, const Sources& sources, const Gamma& gamma, const Rows& rows,
-                     const RowStrides& strides, const RowStrides& residual_strides, double scale) {
+void launch_add_kept(TO* out, const TR* residual, const TX* x, const Sources& sources, const Gamma& gamma,
+                     const Rows& rows, const RowStrides& strides, const RowStrides& residual_strides, double scale) {
   const Tiling tiling = Tiling::make(rows, kThreads * kUnroll<TR, kHasGamma>, kWidth);
   const unsigned blocks = check_blocks(tiling.tiles(rows));
   if (blocks == 0) {
@@ -302,8 +302,8 @@ std::tuple<at::Tensor, at::Tensor> add_kept_backward(const at::Tensor& grad, con
                       : is_gathered   ? empty_samples(grad, samples, dtype)
                                       : at::empty_like(grad, options);
   const bool sums = output_mask[1] && x->numel() != 0;
-  at::Tensor grad_gamma = output_mask[1] && !sums ? at::zeros_like(*gamma, at::MemoryFormat::Contiguous)
-                                                  : at::empty({0}, options);
+  at::Tensor grad_gamma =
+      output_mask[1] && !sums ? at::zeros_like(*gamma, at::MemoryFormat::Contiguous) : at::empty({0}, options);
   at::Tensor dense_grad, layout, dense_grad_x = grad_x;
   if (sums) {
     dense_grad = is_gathered ? grad : dense_like(grad);
@@ -323,8 +323,9 @@ std::tuple<at::Tensor, at::Tensor> add_kept_backward(const at::Tensor& grad, con
         grad_gamma = backward_kept<TG, T>(output_mask[0] ? &dense_grad_x : nullptr, layout, dense_grad, *x, *gamma,
                                           sources, entries, scale);
       } else if (output_mask[0]) {
-        (gamma ? add_kept<T, void, TG, true> : add_kept<T, void, TG, false>)(
-            grad_x, nullptr, grad, gamma ? &*gamma : nullptr, sources, entries, scale);
+        (gamma ? add_kept<T, void, TG, true> : add_kept<T, void, TG, false>)(grad_x, nullptr, grad,
+                                                                             gamma ? &*gamma : nullptr, sources,
+                                                                             entries, scale);
       }
     };
     if (grad.scalar_type() == dtype) {
