@@ -8,7 +8,8 @@ from torch import Tensor
 
 from . import reference
 from ._native import _C
-from .functional import drop_path, drop_path_add
+from .functional import drop_path, drop_path_add, stochastic_depth
+from .sampling import SAMPLINGS
 from .version import __version__
 
 
@@ -56,23 +57,40 @@ def self_test(device: str) -> None:
             if not torch.equal(grad_x, reference.apply_keep_mask(grad, keep, scale)):
                 raise RuntimeError(f"the backward pass differs from the formula for {dtype} {shape}")
             _self_test_add(x, grad, drop_prob)
+            for sampling in SAMPLINGS:
+                _self_test_skip(x, grad, drop_prob, sampling)
 
 
 def _self_test_add(x: Tensor, grad: Tensor, drop_prob: float) -> None:
-    """Run drop_path_add both ways on these inputs; its sums may differ from the formula in the last bits."""
     residual = torch.randn_like(x).requires_grad_()
-    gamma = torch.rand(x.shape[-1], device=x.device).add_(0.5).to(x.dtype).requires_grad_()
-    inputs = (x, residual, gamma)
+    gamma = _gamma(x)
     out = drop_path_add(x, residual, drop_prob, training=True, gamma=gamma)
     keep = (out != residual).flatten(1).any(1)
-    formula = reference.add_kept(x, residual, gamma, keep, reference.keep_scale(drop_prob, scale_by_keep=True))
-    results = (out, *torch.autograd.grad(out, inputs, grad))
-    expected = (formula, *torch.autograd.grad(formula, inputs, grad))
-    names = ("the result", "grad_x", "grad_residual", "grad_gamma")
-    for name, actual, wanted in zip(names, results, expected, strict=True):
-        tolerance = 32 * torch.finfo(x.dtype).eps * wanted.abs().max()
-        if not torch.allclose(actual, wanted, rtol=0.0, atol=tolerance.item()):
-            raise RuntimeError(f"{name} of drop_path_add differs from the formula for {x.dtype} {list(x.shape)}")
+    expected = reference.add_kept(x, residual, gamma, keep, reference.keep_scale(drop_prob, scale_by_keep=True))
+    _compare("drop_path_add", out, expected, {"x": x, "residual": residual, "gamma": gamma}, grad)
+
+
+def _self_test_skip(x: Tensor, grad: Tensor, drop_prob: float, sampling: str) -> None:
+    gamma = _gamma(x)
+    out = stochastic_depth(x, torch.neg, drop_prob, training=True, gamma=gamma, sampling=sampling)
+    keep = (out != x).flatten(1).any(1)  # all of "fixed" are half the batch, whose scale is that of "bernoulli"
+    expected = reference.add_kept(-x, x, gamma, keep, reference.keep_scale(drop_prob, scale_by_keep=True))
+    _compare(f"stochastic_depth ({sampling})", out, expected, {"x": x, "gamma": gamma}, grad)
+
+
+def _gamma(x: Tensor) -> Tensor:
+    return torch.rand(x.shape[-1], device=x.device).add_(0.5).to(x.dtype).requires_grad_()
+
+
+def _compare(function: str, out: Tensor, expected: Tensor, inputs: dict[str, Tensor], grad: Tensor) -> None:
+    """Raise RuntimeError where a result or a gradient differs from the formula by more than rounding."""
+    results = (out, *torch.autograd.grad(out, list(inputs.values()), grad))
+    wanted = (expected, *torch.autograd.grad(expected, list(inputs.values()), grad))
+    names = ("the result", *(f"grad_{name}" for name in inputs))
+    for name, actual, formula in zip(names, results, wanted, strict=True):
+        tolerance = 32 * torch.finfo(out.dtype).eps * formula.abs().max()
+        if not torch.allclose(actual, formula, rtol=0.0, atol=tolerance.item()):
+            raise RuntimeError(f"{name} of {function} differs from the formula for {out.dtype} {list(out.shape)}")
 
 
 def main() -> int:
