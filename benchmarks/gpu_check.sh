@@ -34,9 +34,10 @@ part tests 170 "$python" -m pytest -q -k "cuda or compile"
 # Without the caching allocator, so that reads and writes beyond a tensor leave its allocation.
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 part memcheck 70 compute-sanitizer --tool memcheck --error-exitcode 1 \
   "$python" -m pytest -q -m memcheck -k cuda
-part ops 150 "$python" benchmarks/run.py ops --device cuda --quick --p 0.1,0.4 --json "$out/ops.json"
+part ops 105 "$python" benchmarks/run.py ops --device cuda --quick --p 0.1,0.4 --json "$out/ops.json"
 part overhead 25 "$python" benchmarks/run.py overhead --device cuda --quick --json "$out/overhead.json"
-part model 50 "$python" benchmarks/run.py model --device cuda --quick --json "$out/model.json"
+part model 40 "$python" benchmarks/run.py model --device cuda --quick --json "$out/model.json"
+part skip 60 "$python" benchmarks/run.py skip --device cuda --quick --p 0.2,0.4 --json "$out/skip.json"
 
 if ((${#failed[@]})); then
   echo "gpu-check: failed: ${failed[*]}; the log is in $out"

@@ -15,6 +15,7 @@ from matplotlib.patches import Patch
 from overhead import DOUBLE
 from peers import COMPILED, OURS
 from report import activation_label, peer_names, subtitle
+from workloads import COMPILED_SUFFIX, NO_DROP_PATH, REST
 
 COLOURS = {
     OURS: "#c2410c",
@@ -24,6 +25,15 @@ COLOURS = {
     "torchvision": "#15803d",
     "floor formula": "#7e22ce",
     DOUBLE: "#6b7280",
+}
+SKIP_COLOURS = {
+    NO_DROP_PATH: "black",
+    "timm": COLOURS["timm"],
+    "DINOv2": "#15803d",
+    "x[idx]": "#7e22ce",
+    f"{OURS} bernoulli": COLOURS[OURS],
+    f"{OURS} fixed": COLOURS[COMPILED[OURS]],
+    "ideal": "#6b7280",
 }
 ROOF = "#6b7280"
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "font.size": 10}
@@ -122,6 +132,51 @@ def overhead(results: dict) -> Figure:
     return fig
 
 
+def _skip_panel(ax: Axes, rows: list[dict], suffix: str) -> None:
+    for name in [f"ideal{suffix}", *_skip_names(rows, suffix)]:
+        points = [(row["p"], (row["times_us"] | row["ideal_us"]).get(name)) for row in rows]
+        points = [(p, time_us["median"] / 1e3) for p, time_us in points if time_us]
+        base = name.removesuffix(COMPILED_SUFFIX)
+        line = {"linewidth": 2.2} if base.startswith(OURS) else {"linewidth": 1.2}
+        line |= {"linestyle": "--", "marker": "_"} if base == "ideal" else {"marker": "o", "markersize": 4}
+        ax.plot(*zip(*points, strict=True), color=SKIP_COLOURS[base], label=base, **line)
+
+
+def _skip_names(rows: list[dict], suffix: str) -> list[str]:
+    """The eager or the compiled contestants of these rows, less the models without blocks."""
+    names = dict.fromkeys(name for row in rows for name in row["times_us"])
+    return [
+        name
+        for name in names
+        if name.endswith(COMPILED_SUFFIX) == bool(suffix) and name.removesuffix(COMPILED_SUFFIX) != REST
+    ]
+
+
+def skip(results: dict) -> Figure:
+    """Time of a training step over p, one column of panels for each model, one row for eager and one for compiled."""
+    groups = list(_by("model", results["skip"]))
+    suffixes = [suffix for suffix in ("", COMPILED_SUFFIX) if _skip_names(results["skip"], suffix)]
+    shape = (len(suffixes), len(groups))
+    size = (max(7.0, 4.5 * shape[1]), 3.4 * shape[0] + 1.4)
+    fig, axes = plt.subplots(*shape, figsize=size, sharex=True, sharey="col", squeeze=False, layout="constrained")
+    for line, suffix in zip(axes, suffixes, strict=True):
+        for ax, (model, rows) in zip(line, groups, strict=True):
+            _skip_panel(ax, rows, suffix)
+            ax.set_title(f"{model}, {rows[0]['image_side']} px, batch {rows[0]['batch']}{suffix and ', compiled'}")
+        line[0].set_ylabel("ms a step")
+    for ax in axes.flat:
+        ax.set_ylim(bottom=0)
+    for ax in axes[-1]:
+        ax.set_xlabel("drop_prob p")
+    title = "A training step over drop_prob (lower is better)"
+    fig.suptitle(f"{title}\n{subtitle(results['environment'])}", fontsize=11)
+    labelled = {
+        label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
+    }
+    fig.legend(labelled.values(), labelled.keys(), loc="outside lower center", ncols=4, frameon=False)
+    return fig
+
+
 def draw(results: dict, folder: Path) -> list[Path]:
     """Writes one PNG for each picture that the results have numbers for."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -136,6 +191,8 @@ def draw(results: dict, folder: Path) -> list[Path]:
                 figures[f"ops-ratio-{op}-{dtype}"] = ratios(results, op, dtype, group)
         if results.get("overhead"):
             figures["overhead"] = overhead(results)
+        if results.get("skip"):
+            figures["skip"] = skip(results)
         for name, figure in figures.items():
             paths.append(folder / f"{name}.png")
             figure.savefig(paths[-1], dpi=150)

@@ -16,6 +16,8 @@ import rich.table
 import torch
 from peers import OURS
 from rich.console import Console
+from rich.markup import escape
+from workloads import NO_DROP_PATH, SKIP_PEERS
 
 import droppath_ext.info
 
@@ -29,9 +31,9 @@ class Table:
     def show(self, console: Console) -> None:
         table = rich.table.Table(title=self.title, title_justify="left")
         for i, name in enumerate(self.header):
-            table.add_column(name, justify="left" if i == 0 else "right")
+            table.add_column(escape(name), justify="left" if i == 0 else "right")
         for row in self.rows:
-            table.add_row(*row)
+            table.add_row(*map(escape, row))
         console.print(table)
 
     def markdown(self) -> str:
@@ -163,7 +165,35 @@ def _model(rows: list[dict]) -> Iterator[Table]:
     yield table
 
 
+MIB = 2**20
+
+
+def _skip(rows: list[dict]) -> Iterator[Table]:
+    for row in rows:
+        peers = [peer for peer in (NO_DROP_PATH, *SKIP_PEERS) if peer in row["times_us"]]
+        title = f"A training step of {row['model']}, {row['image_side']} px, batch {row['batch']}, p = {row['p']}"
+        header = ["contestant", "ms (p20–p80)", "÷ ideal", *(f"÷ {peer}" for peer in peers)]
+        header += ["peak MiB", "peak ÷ timm", "loss: first, middle, last 3 steps"]
+        table = Table(title, header)
+        for name, peak in row["peak_bytes"].items():
+            timm_peak = row["peak_bytes"].get("timm")
+            table.rows.append(
+                [
+                    name,
+                    _spread(row["times_us"][name], 1e3),
+                    f"{row['of_ideal'][name]:.3f}",
+                    *(f"{row['ratio'][name][peer]:.3f}" if peer in row["ratio"][name] else "–" for peer in peers),
+                    f"{peak / MIB:.0f}",
+                    f"{peak / timm_peak:.2f}" if timm_peak else "–",
+                    _course(row["losses"][name]),
+                ]
+            )
+        for name, time_us in row["ideal_us"].items():
+            table.rows.append([name, _spread(time_us, 1e3), *["–"] * (len(header) - 2)])
+        yield table
+
+
 def tables(results: dict) -> list[Table]:
     """The tables of every part that the results hold. `÷ peer`: our time over the peer's, so below 1 is faster."""
-    parts = (("ops", _ops), ("overhead", _overhead), ("model", _model))
+    parts = (("ops", _ops), ("overhead", _overhead), ("model", _model), ("skip", _skip))
     return [table for key, build in parts if results.get(key) for table in build(results[key])]

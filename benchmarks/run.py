@@ -15,11 +15,26 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from workloads import ACTIVATIONS, DROP_PROBS, DTYPES, OPS, QUICK_DROP_PROBS, QUICK_DTYPES
+from workloads import (
+    ACTIVATIONS,
+    BACKBONES,
+    CONTESTANTS,
+    DROP_PROBS,
+    DTYPES,
+    EAGER_CONTESTANTS,
+    OPS,
+    QUICK_DROP_PROBS,
+    QUICK_DTYPES,
+    QUICK_SKIP_BACKBONE,
+    QUICK_SKIP_DROP_PROBS,
+    SKIP_BACKBONES,
+    SKIP_DROP_PROBS,
+)
 
-PARTS = ("ops", "overhead", "model")
+PARTS = ("ops", "overhead", "model", "skip")
 ACTIVATION_NAMES = tuple(dict.fromkeys(activation.name for activation in ACTIVATIONS))
-FILTERS = ("op", "activation", "dtype", "p")  # options that choose rows of ops by the key of the same name
+# Options that choose rows of a part by the key of the same name.
+FILTERS = {"ops": ("op", "activation", "dtype", "p"), "skip": ("model", "p")}
 
 
 def list_of(choices: Iterable[str]) -> Callable[[str], list[str]]:
@@ -39,8 +54,8 @@ def p_list(text: str) -> list[float]:
         values = [float(value) for value in text.split(",")]
     except ValueError:
         values = []
-    if not values or not all(0 < value < 1 for value in values):
-        raise argparse.ArgumentTypeError(f"every drop_prob must be a number between 0 and 1, both excluded, not {text}")
+    if not values or not all(0 <= value < 1 for value in values):
+        raise argparse.ArgumentTypeError(f"every drop_prob must be a number of at least 0 and below 1, not {text}")
     return values
 
 
@@ -55,16 +70,27 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("what", nargs="?", choices=("all", *PARTS, "plot", "table"), default="all")
     parser.add_argument("file", nargs="?", type=Path, help="result file, for plot and table")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
-    rows = parser.add_argument_group("rows of ops, measured or read from FILE; default: what --quick or --full takes")
-    for option, choices in (("--op", OPS), ("--activation", ACTIVATION_NAMES), ("--dtype", DTYPES)):
-        one_of = f"of {', '.join(choices)}"
+    rows = parser.add_argument_group(
+        "rows of ops and skip, measured or read from FILE; default: what --quick or --full takes"
+    )
+    for option, part, choices in (
+        ("--op", "ops", OPS),
+        ("--activation", "ops", ACTIVATION_NAMES),
+        ("--dtype", "ops", DTYPES),
+        ("--model", "skip", BACKBONES),
+        ("--contestant", "skip, when measured", CONTESTANTS),
+    ):
+        one_of = f"{part}: of {', '.join(choices)}"
         rows.add_argument(option, type=list_of(choices), action="extend", metavar="NAMES", help=one_of)
-    rows.add_argument("--p", type=p_list, action="extend", metavar="NUMBERS", help="drop_prob")
-    rows.add_argument("--batch", type=positive, metavar="N", help="samples of every activation, when measured")
+    rows.add_argument(
+        "--p", type=p_list, action="extend", metavar="NUMBERS", help="drop_prob; 0, for skip only: no drop path"
+    )
+    rows.add_argument("--batch", type=positive, metavar="N", help="samples of every activation or model, when measured")
+    rows.add_argument("--steps", type=positive, metavar="N", help="skip, when measured: steps of each contestant")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="under 3 minutes on 2 cores; the default on the CPU")
     size.add_argument("--full", action="store_true", help="full size on the CPU as well")
-    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads of ops and model; default: torch's")
+    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads, but for overhead; default: torch's")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="draw the results into this folder")
     arguments = parser.parse_args()
@@ -74,21 +100,24 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"{arguments.what} needs the result file that it reads.")
     if arguments.file is not None and not reads_file:
         parser.error(f"{arguments.what} takes no file to read; --json FILE names the one to write.")
+    if arguments.what == "ops" and 0 in (arguments.p or []):
+        parser.error("ops has no row for --p 0: nothing is dropped there.")
     if arguments.what == "plot" and arguments.plot is None:
         parser.error("plot needs --plot DIR, the folder to draw into.")
     return arguments
 
 
 def read(arguments: argparse.Namespace) -> dict:
-    """The results of a file, those of ops filtered as the command line says."""
+    """The results of a file, those of ops and skip filtered as the command line says."""
     try:
         results = json.loads(arguments.file.read_text())
         results["environment"]
-        results["ops"] = [
-            row
-            for row in results.get("ops", [])
-            if all(row[key] in (getattr(arguments, key) or [row[key]]) for key in FILTERS)
-        ]
+        for part, keys in FILTERS.items():
+            results[part] = [
+                row
+                for row in results.get(part, [])
+                if all(row[key] in (getattr(arguments, key) or [row[key]]) for key in keys)
+            ]
     except (OSError, ValueError, KeyError) as error:
         sys.exit(f"{arguments.file} is not a result file of this benchmark ({type(error).__name__}: {error}).")
     return results
@@ -115,13 +144,17 @@ def measure(arguments: argparse.Namespace) -> dict:
     torch.manual_seed(0)
     # What the command line names is measured, quick or not.
     dtypes = dict.fromkeys(arguments.dtype or (QUICK_DTYPES if quick else DTYPES))
-    ps = dict.fromkeys(arguments.p or (QUICK_DROP_PROBS if quick else DROP_PROBS))
+    ps = dict.fromkeys(p for p in arguments.p or (QUICK_DROP_PROBS if quick else DROP_PROBS) if p > 0)
+    skip_ps = dict.fromkeys(arguments.p or (QUICK_SKIP_DROP_PROBS if quick else SKIP_DROP_PROBS))
+    backbones = dict.fromkeys(arguments.model or ([QUICK_SKIP_BACKBONE[device.type]] if quick else SKIP_BACKBONES))
+    contestants = dict.fromkeys(arguments.contestant or (EAGER_CONTESTANTS if quick else CONTESTANTS))
     parts = list(PARTS if arguments.what == "all" else (arguments.what,))
     for sentence in LEFT_OUT.values():
         print(sentence)
-    if LEFT_OUT and "model" in parts:
-        parts.remove("model")
-        print("The part model is left out, because it needs both timm and torchvision.")
+    for part in ("model", "skip"):
+        if LEFT_OUT and part in parts:
+            parts.remove(part)
+            print(f"The part {part} is left out, because it needs both timm and torchvision.")
 
     console = Console(width=None if sys.stdout.isatty() else 180)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -143,6 +176,19 @@ def measure(arguments: argparse.Namespace) -> dict:
             results["overhead"] = overhead.run(device, quick, progress)
         if "model" in parts:
             results["model"] = model.run(device, quick, progress)
+        if "skip" in parts:
+            import skip
+
+            results["skip"] = skip.run(
+                device,
+                quick,
+                progress,
+                models=list(backbones),
+                ps=list(skip_ps),
+                contestants=list(contestants),
+                batch=arguments.batch,
+                steps=arguments.steps,
+            )
     console.print(report.subtitle(results["environment"]))
     for table in report.tables(results):
         table.show(console)

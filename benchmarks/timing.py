@@ -17,7 +17,7 @@ BLOCK_S = 0.01  # the first calls of a block find caches and heap as another con
 FLUSH_BYTES = 1 << 30
 
 
-def _turns(names: Sequence[str], turn: int) -> list[str]:
+def turns(names: Sequence[str], turn: int) -> list[str]:
     """The order of one round: shuffled, or a contestant would always find the caches and the heap of the same other."""
     return random.Random(turn).sample(names, len(names))
 
@@ -34,7 +34,7 @@ def time_host(timers: Mapping[str, Timer], budget_s: float, settle: Callable[[],
     for turn in range(50):
         if turn >= 5 and time.perf_counter() > end:
             break
-        for name in _turns(list(timers), turn):
+        for name in turns(list(timers), turn):
             settle()
             samples[name].append(timers[name].timeit(max(1, int(BLOCK_S / median_s[name]))).mean * 1e6)
     return samples
@@ -61,7 +61,7 @@ def time_cuda(calls: Mapping[str, Callable[[], object]], budget_s: float) -> Sam
 
     events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in calls}
     for turn in range(rounds):
-        for name in _turns(list(calls), turn):
+        for name in turns(list(calls), turn):
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             flush.zero_()
             begin.record()

@@ -1,7 +1,8 @@
-"""What the part `ops` runs over: the ops with their byte model, dtypes, drop_probs, activations of real models."""
+"""What the parts run over. `ops`: the ops with their byte model, dtypes, drop_probs, activations of real models.
+`skip`: models, drop_probs, contestants."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -65,3 +66,41 @@ ACTIVATIONS = (
     Activation("ConvNeXt-T", (96, 56, 56), 32, 128),
 )
 COMPILED_WHEN_QUICK = "ViT-S/16"  # compilation takes longer than the measurement
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A model of timm, and the batch it is trained on; `arguments` are further ones of timm.create_model."""
+
+    timm_name: str
+    side: int
+    cpu_batch: int
+    cuda_batch: int
+    arguments: Mapping[str, object] = field(default_factory=dict)
+
+
+BACKBONES = {
+    "vit_tiny_2": Backbone("vit_tiny_patch16_224", 96, 16, 128, {"depth": 2, "img_size": 96}),
+    "vit_tiny_6": Backbone("vit_tiny_patch16_224", 224, 32, 128, {"depth": 6}),
+    "vit_small": Backbone("vit_small_patch16_224", 224, 8, 128),
+    "vit_base": Backbone("vit_base_patch16_224", 224, 4, 128),
+    "convnext_tiny": Backbone("convnext_tiny", 224, 8, 128),
+}
+SKIP_BACKBONES = ("vit_small", "vit_base", "convnext_tiny")
+QUICK_SKIP_BACKBONE = {"cpu": "vit_tiny_2", "cuda": "vit_base"}
+SKIP_DROP_PROBS = (0.0, 0.1, 0.2, 0.4, 0.6)
+QUICK_SKIP_DROP_PROBS = (0.0, 0.4)
+
+# What the contestants are measured by, and beside; they take part in every round.
+NO_DROP_PATH = "no drop path"
+REST = "without blocks"
+# Peers first, in the order of the tables.
+COMPILED_SUFFIX = " compiled"  # behind the name of a contestant: under torch.compile
+SKIP_PEERS = ("timm", "DINOv2", "x[idx]", "timm compiled")
+EAGER_CONTESTANTS = ("timm", "DINOv2", "x[idx]", "droppath_ext bernoulli", "droppath_ext fixed")
+CONTESTANTS = (
+    *EAGER_CONTESTANTS,
+    "timm compiled",
+    "droppath_ext bernoulli compiled",
+    "droppath_ext fixed compiled",
+)

@@ -1,6 +1,7 @@
 // Derivatives: one graph node per forward op. The backward ops are differentiated through the formulas
 // below, in ATen: second derivatives are rare, and there the formulas' own derivatives are free.
 #include <ATen/DimVector.h>
+#include <ATen/ops/add.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/index_select.h>
 #include <ATen/ops/mul.h>
@@ -18,6 +19,31 @@ using torch::autograd::variable_list;
 // A graph node costs more than a tiny forward: build it only where somebody will ask for gradients.
 bool needs_graph(const at::Tensor& x) { return at::GradMode::is_enabled() && x.requires_grad(); }
 bool needs_graph(const std::optional<at::Tensor>& x) { return x && needs_graph(*x); }
+
+// The nodes have no forward mode: they would lose the tangent without a word.
+bool is_dual(const at::Tensor& x) { return x._fw_grad(/*level=*/0).defined(); }
+bool is_dual(const std::optional<at::Tensor>& x) { return x && is_dual(*x); }
+
+// Whether a backward op is itself to be differentiated: under create_graph, or because a graph that the kernels built
+// meets a tangent only now (forward over reverse).
+template <typename... Tensors>
+bool is_differentiated(const Tensors&... tensors) {
+  return (... || (is_dual(tensors) || needs_graph(tensors)));
+}
+
+at::Tensor mask_dropped(const at::Tensor& x, const at::Tensor& keep) {
+  if (keep.sym_numel() == 0) {
+    return x;
+  }
+  at::SymDimVector shape(x.dim(), 1);
+  shape[0] = keep.sym_size(0);
+  return at::where(keep.view_symint(shape), x, 0);
+}
+
+// gather in ATen.
+at::Tensor gather_formula(const at::Tensor& x, const at::Tensor& index) {
+  return mask_dropped(at::index_select(x, 0, index.clamp_min(0)), index.ge(0));
+}
 
 struct DropPathBackward final : torch::autograd::Node {
   Saved keep;
@@ -149,34 +175,18 @@ struct GatherBackward final : torch::autograd::Node {
     if (!grad_rows.defined()) {
       return {grad_x};
     }
+    if (is_differentiated(grad_rows) || (grad_x.defined() && is_differentiated(grad_x))) {
+      const at::Tensor rows = gather_formula(grad_rows, inverse.get());
+      return {grad_x.defined() ? at::add(grad_x, rows) : rows};
+    }
     return {grad_x.defined() ? scatter_add(grad_rows, grad_x, std::nullopt, inverse.get(), index.get(), /*scale=*/1.0)
                              : gather(grad_rows, inverse.get(), index.get())};
   }
 };
 
-// The nodes have no forward mode: they would lose the tangent without a word.
-bool is_dual(const at::Tensor& x) { return x._fw_grad(/*level=*/0).defined(); }
-bool is_dual(const std::optional<at::Tensor>& x) { return x && is_dual(*x); }
-
-void check_not_dual(const std::optional<at::Tensor>& tensor, const char* name, const char* op) {
+void check_not_dual(const std::optional<at::Tensor>& tensor, const char* name, const char* op, const char* function) {
   TORCH_CHECK_NOT_IMPLEMENTED(!is_dual(tensor), "torch.ops.droppath_ext.", op, " has no forward-mode derivative, but ",
-                              name, " carries a tangent; droppath_ext.", op, " has one");
-}
-
-// Whether a backward op is itself to be differentiated: under create_graph, or because a graph that the kernels built
-// meets a tangent only now (forward over reverse).
-template <typename... Tensors>
-bool is_differentiated(const Tensors&... tensors) {
-  return (... || (is_dual(tensors) || needs_graph(tensors)));
-}
-
-at::Tensor mask_dropped(const at::Tensor& x, const at::Tensor& keep) {
-  if (keep.sym_numel() == 0) {
-    return x;
-  }
-  at::SymDimVector shape(x.dim(), 1);
-  shape[0] = keep.sym_size(0);
-  return at::where(keep.view_symint(shape), x, 0);
+                              name, " carries a tangent; droppath_ext.", function, " has one");
 }
 
 // The gradients of x and gamma in ATen, for a grad of the samples of x.
@@ -202,7 +212,7 @@ std::tuple<at::Tensor, at::Tensor> add_backward_formula(const at::Tensor& grad, 
 
 std::tuple<at::Tensor, at::Tensor> drop_path_autograd(const at::Tensor& x, double drop_prob, bool scale_by_keep,
                                                       bool per_sample, const std::optional<at::Generator>& generator) {
-  check_not_dual(x, "x", "drop_path");
+  check_not_dual(x, "x", "drop_path", "drop_path");
   const auto node = needs_graph(x) ? make_node<DropPathBackward>(x) : NodePointer<DropPathBackward>();
   auto result = [&] {
     at::AutoDispatchBelowADInplaceOrView guard;
@@ -229,9 +239,9 @@ std::tuple<at::Tensor, at::Tensor> drop_path_add_autograd(const at::Tensor& x, c
                                                           const std::optional<at::Tensor>& gamma, double drop_prob,
                                                           bool scale_by_keep, bool per_sample,
                                                           const std::optional<at::Generator>& generator) {
-  check_not_dual(x, "x", "drop_path_add");
-  check_not_dual(residual, "residual", "drop_path_add");
-  check_not_dual(gamma, "gamma", "drop_path_add");
+  check_not_dual(x, "x", "drop_path_add", "drop_path_add");
+  check_not_dual(residual, "residual", "drop_path_add", "drop_path_add");
+  check_not_dual(gamma, "gamma", "drop_path_add", "drop_path_add");
   const auto node = needs_graph(x) || needs_graph(residual) || needs_graph(gamma)
                         ? make_node<DropPathAddBackward>(x, residual, gamma)
                         : NodePointer<DropPathAddBackward>();
@@ -262,7 +272,7 @@ std::tuple<at::Tensor, at::Tensor> drop_path_add_backward_autograd(
 // gather with a graph; x beside the rows, which takes its gradient through the same node, if hands_through.
 std::tuple<at::Tensor, at::Tensor> gather_autograd(const at::Tensor& x, const at::Tensor& index,
                                                    const at::Tensor& inverse, bool hands_through) {
-  check_not_dual(x, "x", "gather");
+  check_not_dual(x, "x", "gather", "stochastic_depth");
   const auto node = needs_graph(x) ? make_node<GatherBackward>(x) : NodePointer<GatherBackward>();
   at::AutoDispatchBelowADInplaceOrView guard;
   std::tuple<at::Tensor, at::Tensor> result{gather(x, index, inverse), hands_through ? x : at::Tensor()};
@@ -281,9 +291,9 @@ std::tuple<at::Tensor, at::Tensor> gather_autograd(const at::Tensor& x, const at
 
 at::Tensor scatter_add_autograd(const at::Tensor& y, const at::Tensor& residual, const std::optional<at::Tensor>& gamma,
                                 const at::Tensor& slots, const at::Tensor& kept, double scale) {
-  check_not_dual(y, "y", "scatter_add");
-  check_not_dual(residual, "residual", "scatter_add");
-  check_not_dual(gamma, "gamma", "scatter_add");
+  check_not_dual(y, "y", "scatter_add", "stochastic_depth");
+  check_not_dual(residual, "residual", "scatter_add", "stochastic_depth");
+  check_not_dual(gamma, "gamma", "scatter_add", "stochastic_depth");
   const auto node = needs_graph(y) || needs_graph(residual) || needs_graph(gamma)
                         ? make_node<ScatterAddBackward>(y, residual, gamma)
                         : NodePointer<ScatterAddBackward>();
@@ -314,8 +324,7 @@ std::tuple<at::Tensor, at::Tensor> scatter_add_backward_autograd(const at::Tenso
   if (!is_gathered(slots, kept)) {
     return add_backward_formula(grad, y, gamma, kept, scale, dtype, output_mask);
   }
-  const at::Tensor rows = at::index_select(grad, 0, kept.clamp_min(0));
-  return add_backward_formula(rows, y, gamma, kept.ge(0), scale, dtype, output_mask);
+  return add_backward_formula(gather_formula(grad, kept), y, gamma, kept.ge(0), scale, dtype, output_mask);
 }
 
 }  // namespace

@@ -7,23 +7,20 @@
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
-#include <torch/version.h>
 
+#include <memory>
 #include <mutex>
 #include <optional>
+#include <type_traits>
 #include <utility>
 
 namespace droppath_ext {
 
-#define DROPPATH_INTRUSIVE_NODES (TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 14)
-
-#if DROPPATH_INTRUSIVE_NODES
+// How torch holds its nodes: std::shared_ptr until 2.12, c10::intrusive_ptr since.
 template <typename T>
-using NodePointer = c10::intrusive_ptr<T>;
-#else
-template <typename T>
-using NodePointer = std::shared_ptr<T>;
-#endif
+using NodePointer = std::conditional_t<
+    std::is_same_v<decltype(torch::autograd::Edge::function), std::shared_ptr<torch::autograd::Node>>,
+    std::shared_ptr<T>, c10::intrusive_ptr<T>>;
 
 // A node of type T whose gradients belong to these inputs, in this order. An input may be an optional tensor.
 template <typename T, typename... Tensors>
@@ -31,22 +28,29 @@ NodePointer<T> make_node(const Tensors&... inputs) {
   if (const auto& functorch = at::functorch::functorchTLSAccessor()) {
     functorch->checkSupportsCppAutogradFunction();  // transforms would be wrong without a word
   }
-#if DROPPATH_INTRUSIVE_NODES
-  auto node = c10::make_intrusive<T>();
-#else
-  auto node = std::shared_ptr<T>(new T(), torch::autograd::deleteNode);
-#endif
+  NodePointer<T> node;
+  if constexpr (std::is_same_v<NodePointer<T>, std::shared_ptr<T>>) {
+    node.reset(new T(), [](auto* pointer) { deleteNode(pointer); });  // torch's own: a deep graph must not recurse
+  } else {
+    node = c10::make_intrusive<T>();
+  }
   node->set_next_edges(torch::autograd::collect_next_edges(inputs...));
   return node;
 }
 
+// Calls the hooks of torch.autograd.graph.node_creation_hook, which torch has since 2.14.
+template <typename Pointer>
+auto announce(const Pointer& node, int) -> decltype(fire_node_creation_hooks(node)) {
+  fire_node_creation_hooks(node);
+}
+template <typename Pointer>
+void announce(const Pointer& /*node*/, long) {}
+
 // Lets the node, which by now holds all it saves, receive the gradients of these outputs, in this order.
-template <typename T, typename... Tensors>
-void set_outputs(const NodePointer<T>& node, const Tensors&... outputs) {
+template <typename Pointer, typename... Tensors>
+void set_outputs(const Pointer& node, const Tensors&... outputs) {
   (torch::autograd::set_history(outputs, node), ...);
-#if DROPPATH_INTRUSIVE_NODES
-  torch::autograd::fire_node_creation_hooks(node);
-#endif
+  announce(node, 0);
 }
 
 // A tensor that a node saves; none is one, too.

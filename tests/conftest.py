@@ -1,5 +1,6 @@
 """What every test shares: devices, dtypes, bitwise equality, and the prediction of the next keep mask."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -105,15 +106,31 @@ def draw_seed(generator):
     return torch.empty((), dtype=torch.int64).random_(-(2**63), None, generator=generator).item() & (2**64 - 1)
 
 
-def predict_keep(x, drop_prob, mode="row", generator=None):
-    """The keep mask that the next fused call will draw. Leaves the generator as it found it."""
+def philox(counter, key):
+    """Philox4x32-10 of Salmon et al. 2011 (doi:10.1145/2063384.2063405): counter uint32[n, 4], key (lo, hi)."""
+    c = [counter[:, i].astype(np.uint64) for i in range(4)]
+    k0, k1 = key
+    low = np.uint64(0xFFFFFFFF)
+    for _ in range(10):
+        p0, p1 = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
+        hi0, hi1 = p0 >> np.uint64(32), p1 >> np.uint64(32)
+        c = [hi1 ^ c[1] ^ np.uint64(k0), p1 & low, hi0 ^ c[3] ^ np.uint64(k1), p0 & low]
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return np.stack(c, 1)
+
+
+def _next_seed_and_offset(x, generator):
+    """What the next fused call on x will draw with. Leaves the generator as it found it."""
     generator = _default_generator(x.device) if generator is None else generator
-    batch = x.shape[0] if mode == "row" else 1
     if x.device.type == "cuda":
-        seed, offset = generator.initial_seed(), generator.get_offset()
-    else:
-        seed, offset = draw_seed(twin_of(generator)), 0
-    return predicted_mask(seed, offset, batch, drop_prob).to(x.device)
+        return generator.initial_seed(), generator.get_offset()
+    return draw_seed(twin_of(generator)), 0
+
+
+def predict_keep(x, drop_prob, mode="row", generator=None):
+    """The keep mask that the next fused call will draw."""
+    batch = x.shape[0] if mode == "row" else 1
+    return predicted_mask(*_next_seed_and_offset(x, generator), batch, drop_prob).to(x.device)
 
 
 def expected_drop_path(x, drop_prob, scale_by_keep=True, mode="row", generator=None):
@@ -262,4 +279,154 @@ def checked_add(x, residual, gamma=None, drop_prob=0.5, scale_by_keep=True, mode
         terms = zero_dropped(grad, keep).double() * zero_dropped(x.detach(), keep).double() * scale
         assert_rounded_once(grads[2], terms.sum_to_size(gamma.shape), terms.abs().sum_to_size(gamma.shape))
     assert_same_bits(grads[1], grad.to(residual.dtype))
+    return out
+
+
+# --- stochastic_depth ---
+
+SAMPLINGS = ("bernoulli", "fixed")
+
+
+class Recorded(torch.nn.Module):
+    """A branch that remembers what it was called with."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def forward(self, *inputs):
+        self.calls.append(inputs)
+        return self.compute(*inputs)
+
+
+class TokenBranch(Recorded):
+    """Attention over the tokens of a sample, with what may come along for each: a bias, a mask, a class."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.qkv = torch.nn.Linear(dim, 3 * dim)
+        self.out = torch.nn.Linear(dim, dim)
+        self.classes = torch.nn.Embedding(4, dim)
+
+    def compute(self, x, bias=None, mask=None, label=None):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        logits = q @ k.mT
+        if bias is not None:
+            logits = logits + bias
+        if mask is not None:
+            logits = logits.masked_fill(~mask[:, None], -float("inf"))
+        out = self.out(logits.softmax(-1) @ v)
+        return out if label is None else out + self.classes(label)[:, None]
+
+
+class ImageBranch(Recorded):
+    """Two convolutions."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.first = torch.nn.Conv2d(channels, 2 * channels, 3, padding=1)
+        self.second = torch.nn.Conv2d(2 * channels, channels, 1)
+
+    def compute(self, x):
+        return self.second(torch.nn.functional.gelu(self.first(x)))
+
+
+class WeightBranch(Recorded):
+    """One product for each element: the same bits, whichever samples are beside it."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.weight = torch.nn.Parameter(random_tensor((dim,), seed=4))
+
+    def compute(self, x):
+        return x * self.weight
+
+
+def like(module, x):
+    """The module with parameters of the dtype and device of x."""
+    return module.to(device=x.device, dtype=x.dtype)
+
+
+def predict_skip(x, drop_prob, generator=None):
+    """The keep mask that the next call of stochastic_depth will draw with sampling="bernoulli": on the host."""
+    return predict_keep(torch.empty(len(x)), drop_prob, generator=generator).to(x.device)
+
+
+def fixed_slots(seed, offset, size, count):
+    """The rows of samples, int64[size], -1 where dropped, that sampling="fixed" draws with this generator state."""
+    return _C.fixed_slots(seed, offset, size, count)
+
+
+def predict_fixed(x, count, generator=None):
+    """The slots that the next native draw of so many samples of x will give."""
+    return fixed_slots(*_next_seed_and_offset(x, generator), len(x), count).to(x.device)
+
+
+def fixed_count(size, drop_prob):
+    """How many of so many samples sampling="fixed" keeps."""
+    return max(1, round(size * (1 - drop_prob))) if drop_prob < 1 else 0
+
+
+def skip_scale(size, drop_prob, sampling="bernoulli", scale_by_keep=True):
+    if not scale_by_keep or drop_prob == 1:
+        return 1.0
+    return 1 / (1 - drop_prob) if sampling == "bernoulli" else size / fixed_count(size, drop_prob)
+
+
+def skip_formula(x, y, keep, scale, gamma=None):
+    """x + scale * gamma * y where the sample is kept, x where it is dropped; y is the branch of all samples."""
+    added = x + (y * scale if gamma is None else y * gamma * scale)
+    return torch.where(keep.view(-1, *[1] * (x.dim() - 1)), added, x.to(added.dtype))
+
+
+def assert_near(actual, expected):
+    """Equal but for the rounding of sums, relative to the largest number."""
+    assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
+    error = (actual.detach().double() - expected.detach().double()).abs()
+    assert not error.isnan().any()
+    assert not error.numel() or error.max() <= TOLERANCES[actual.dtype]["rtol"] * expected.detach().double().abs().max()
+
+
+def leaf_of(tensor):
+    """A leaf that lies in memory as the tensor does; it requires a gradient if it can have one."""
+    return None if tensor is None else tensor.detach().requires_grad_(tensor.is_floating_point())
+
+
+def checked_skip(x, branch, drop_prob=0.5, scale_by_keep=True, *, gamma=None, batched=(), sampling="bernoulli"):
+    """Run stochastic_depth forward and backward, and hold everything to the plain formula with the same samples.
+
+    ``branch`` is Recorded and treats each sample alone. Returns the output.
+    """
+    x, gamma, batched = leaf_of(x), leaf_of(gamma), [leaf_of(tensor) for tensor in batched]
+    leaves = [t for t in (x, gamma, *batched, *branch.parameters()) if t is not None and t.requires_grad]
+    keep = predict_skip(x, drop_prob) if sampling == "bernoulli" else None
+    branch.calls.clear()
+    out = droppath_ext.stochastic_depth(
+        x, branch, drop_prob, True, scale_by_keep, gamma=gamma, batched=batched, sampling=sampling
+    )
+    ((*inputs,),) = branch.calls
+    if keep is None:
+        keep = added_samples(out, x)
+        assert keep.sum() == fixed_count(len(x), drop_prob)
+    if keep.any():
+        for actual, tensor in zip(inputs, (x, *batched), strict=True):
+            assert_same_bits(actual, tensor[keep])
+    else:
+        assert all(len(tensor) == min(1, len(x)) for tensor in inputs)
+    assert out.device == x.device
+
+    y = branch(x, *batched)
+    expected = skip_formula(x, y, keep, skip_scale(len(x), drop_prob, sampling, scale_by_keep), gamma)
+    assert out.dtype == expected.dtype
+    assert_near(out, expected)
+    assert_same_bits(out[~keep], x[~keep].to(out.dtype))
+    grad = random_tensor(x.shape, out.dtype, x.device, seed=3)
+    actual_grads = torch.autograd.grad(out, leaves, grad, allow_unused=True)
+    expected_grads = torch.autograd.grad(expected, leaves, grad, allow_unused=True)
+    for leaf, actual, expected_grad in zip(leaves, actual_grads, expected_grads, strict=True):
+        assert (actual is None) == (expected_grad is None)
+        if actual is not None:
+            assert (actual.dtype, actual.shape) == (leaf.dtype, leaf.shape)
+            assert_near(actual, expected_grad)
+    assert_same_bits(actual_grads[0][~keep], grad[~keep].to(x.dtype))
     return out

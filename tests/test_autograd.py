@@ -6,6 +6,8 @@ from conftest import (
     ADD_GAMMA_DTYPES,
     DTYPES,
     FUSED_ADD_DTYPES,
+    SAMPLINGS,
+    TokenBranch,
     add_inputs,
     added_samples,
     assert_rounded_once,
@@ -13,15 +15,17 @@ from conftest import (
     dtypes_id,
     exact_add,
     expected_drop_path,
+    like,
     predict_keep,
     random_tensor,
     seeded,
+    skip_formula,
     zero_dropped,
 )
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from droppath_ext import drop_path, drop_path_add, reference
+from droppath_ext import drop_path, drop_path_add, reference, stochastic_depth
 
 
 def _same_draw_each_time(device, **kwargs):
@@ -671,3 +675,326 @@ def test_the_add_op_refuses_what_it_cannot_differentiate(device, dual):
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="carries a tangent"):
         tensors[dual] = forward_ad.make_dual(tensors[dual], tensors[dual])
         torch.ops.droppath_ext.drop_path_add(*tensors.values(), 0.5, True, True)
+
+
+# --- stochastic_depth ---
+
+
+def _skip_case(device, batch=6):
+    """x, gamma, a bias that comes along, and a weight; and the branch of them."""
+    x = random_tensor((batch, 4), torch.float64, device)
+    gamma, weight = (random_tensor((4,), torch.float64, device, seed=seed) for seed in (2, 3))
+    bias = random_tensor((batch, 4), torch.float64, device, seed=4)
+
+    def branch(rows, shift, weight):
+        return (rows * weight + shift).sin() * rows
+
+    return (x, gamma, bias, weight), branch
+
+
+def _skip(branch, sampling, device, drop_prob=0.5):
+    """A function of x, gamma, bias and weight that draws the same samples each time."""
+    on = "cpu" if sampling == "bernoulli" else device
+
+    def function(x, gamma, bias, weight):
+        return stochastic_depth(
+            x,
+            lambda rows, shift: branch(rows, shift, weight),
+            drop_prob,
+            training=True,
+            gamma=gamma,
+            batched=(bias,),
+            sampling=sampling,
+            generator=seeded(on, 3),
+        )
+
+    return function
+
+
+SKIP_SUBSETS = [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (1, 0, 0, 1), (1, 1, 1, 1)]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("drop_prob", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("requiring", SKIP_SUBSETS)
+def test_skip_gradcheck(device, sampling, drop_prob, requiring):
+    """First and second derivatives, whichever of the tensors require them."""
+    tensors, branch = _skip_case(device)
+    inputs = [t.requires_grad_(bool(r)) for t, r in zip(tensors, requiring, strict=True)]
+    function = _skip(branch, sampling, device, drop_prob)
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_skip_second_derivatives_are_those_of_the_formula(device, sampling):
+    """Of a loss in which all of them meet."""
+    tensors, branch = _skip_case(device)
+    inputs = [t.requires_grad_() for t in tensors]
+    x, gamma, bias, weight = inputs
+    grad_outs = [random_tensor(t.shape, torch.float64, device, seed=9) for t in inputs]
+
+    def second(out):
+        first = torch.autograd.grad((out**3).sum(), inputs, create_graph=True)
+        return torch.autograd.grad(first, inputs, grad_outs)
+
+    out = _skip(branch, sampling, device)(*inputs)
+    keep = added_samples(out, x)
+    assert 0 < keep.sum() < 6
+    plain = skip_formula(x, branch(x, bias, weight), keep, 2.0, gamma)
+    for actual, expected in zip(second(out), second(plain), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_skip_two_backwards_use_the_same_samples(device, sampling):
+    tensors, branch = _skip_case(device, 40)
+    inputs = [t.requires_grad_() for t in tensors]
+    out = _skip(branch, sampling, device)(*inputs)
+    grads = [torch.autograd.grad(out.sum(), inputs, retain_graph=True) for _ in range(2)]
+    stochastic_depth(inputs[0], torch.sin, 0.5, training=True, sampling=sampling)
+    grads.append(torch.autograd.grad(out.sum(), inputs))
+    for others in grads[1:]:
+        for actual, expected in zip(others, grads[0], strict=True):
+            assert_same_bits(actual, expected)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_skip_gradient_of_x_used_elsewhere_too(device, sampling):
+    """The gradients of the branch, of the residual and of what else reads x add up, in any order of use."""
+    data = random_tensor((10, 4), torch.float64, device).requires_grad_()
+    x = data * 2
+    before = x.cos()
+    out = stochastic_depth(x, torch.sin, 0.5, training=True, sampling=sampling)
+    after = (x**3).sum()
+    keep = added_samples(out, x)
+    assert 0 < keep.sum() < 10
+    weight = random_tensor((10, 4), torch.float64, device, seed=3)
+    (grad,) = torch.autograd.grad((out * weight).sum() + before.sum() + after, data)
+    value = x.detach()
+    expected = 2 * (weight + zero_dropped(2 * weight * value.cos(), keep) - value.sin() + 3 * value**2)
+    torch.testing.assert_close(grad, expected)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_skip_gradient_of_the_branch_alone(device, sampling):
+    """Nothing arrives through the residual where a loss takes only what the branch made, and the other way round."""
+    x = random_tensor((10, 4), torch.float64, device).requires_grad_()
+    rows = []
+
+    def branch(t):
+        rows.append(t.sin())
+        return rows[-1].detach() if len(rows) > 1 else rows[-1]
+
+    out = stochastic_depth(x, branch, 0.5, training=True, sampling=sampling)
+    keep = added_samples(out, x)
+    (grad,) = torch.autograd.grad(rows[0].sum(), x, retain_graph=True)
+    torch.testing.assert_close(grad, zero_dropped(x.detach().cos(), keep))
+    out = stochastic_depth(x, branch, 0.5, training=True, sampling=sampling)
+    (grad,) = torch.autograd.grad(out.sum(), x)
+    assert_same_bits(grad, torch.ones_like(x))
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_skip_in_a_stack_of_blocks(device, sampling):
+    """Each x is the output of the block before."""
+    weights = [random_tensor((4,), torch.float64, device, seed=seed).requires_grad_() for seed in range(4)]
+    x = random_tensor((10, 4), torch.float64, device, seed=9).requires_grad_()
+    out, plain = x, x
+    for weight in weights:
+        before = out
+
+        def branch(rows, weight=weight):
+            return (rows * weight).tanh()
+
+        out = stochastic_depth(before, branch, 0.4, training=True, sampling=sampling)
+        keep = added_samples(out, before)
+        plain = skip_formula(plain, branch(plain), keep, 1 / 0.6 if sampling == "bernoulli" else 10 / 6)
+    torch.testing.assert_close(out, plain)
+    grads = (torch.autograd.grad((result**2).sum(), [x, *weights]) for result in (out, plain))
+    for actual, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_skip_expanded_gradient(device, sampling):
+    """As sum() sends it."""
+    x = random_tensor((10, 3, 4), device=device).requires_grad_()
+    gamma = random_tensor((4,), device=device, seed=2).requires_grad_()
+    out = stochastic_depth(x, torch.sin, 0.5, training=True, gamma=gamma, sampling=sampling)
+    keep = added_samples(out, x)
+    out.sum().backward()
+    value = x.detach()
+    torch.testing.assert_close(x.grad, 1 + zero_dropped(2 * gamma.detach() * value.cos(), keep))
+    torch.testing.assert_close(gamma.grad, zero_dropped(2 * value.sin(), keep).sum((0, 1)))
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_skip_batched_gradients(device, sampling):
+    """is_grads_batched sends a vmapped gradient into the backward ops."""
+    tensors, branch = _skip_case(device)
+    inputs = [t.requires_grad_() for t in tensors]
+    out = _skip(branch, sampling, device)(*inputs)
+    grads = random_tensor((3, 6, 4), torch.float64, device, seed=5)
+    batched = torch.autograd.grad(out, inputs, grads, retain_graph=True, is_grads_batched=True)
+    for place, grad in enumerate(grads):
+        for actual, expected in zip(batched, torch.autograd.grad(out, inputs, grad, retain_graph=True), strict=True):
+            torch.testing.assert_close(actual[place], expected)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_skip_checkpointing_recomputes_the_same_samples(device, use_reentrant, sampling, dtype, autocast):
+    """Bernoulli draws on the host: the CPU generator's state, too, is restored for the recomputation."""
+    data = random_tensor((16, 5, 8), dtype, device)
+    scale = random_tensor((8,), dtype, device, seed=2)
+    branch = like(TokenBranch(8), data)
+
+    def block(x, gamma):
+        for _ in range(2):
+            x = stochastic_depth(x, branch, 0.5, training=True, gamma=gamma, sampling=sampling)
+        return x
+
+    def run(wrap):
+        torch.manual_seed(11)
+        branch.zero_grad()
+        branch.calls.clear()
+        x, gamma = (t.clone().requires_grad_() for t in (data, scale))
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
+            out = wrap(x, gamma)
+        torch.rand(7)  # the recomputation must not see where the generator is by then
+        (out.float() ** 2).sum().backward()
+        seen = [rows.detach() for (rows,) in branch.calls]
+        return [out, x.grad, gamma.grad, *(p.grad for p in branch.parameters() if p.grad is not None)], seen
+
+    expected, seen = run(block)
+    actual, seen_twice = run(lambda x, gamma: checkpoint(block, x, gamma, use_reentrant=use_reentrant))
+    for tensor, plain in zip([*actual, *seen_twice], [*expected, *seen, *seen], strict=True):
+        assert_same_bits(tensor, plain)
+
+
+# --- stochastic_depth: forward mode and torch.func ---
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("dual", SKIP_SUBSETS)
+@pytest.mark.parametrize("api", ["forward_ad", "func.jvp"])
+def test_skip_forward_mode(device, sampling, dual, api):
+    """A tangent on x, gamma, what comes along or a parameter, on one of them alone too, is carried on."""
+    tensors, branch = _skip_case(device, 12)
+    tangents = [random_tensor(t.shape, torch.float64, device, seed=10 + place) for place, t in enumerate(tensors)]
+    places = [place for place in range(4) if dual[place]]
+
+    def function(*duals):
+        inputs = list(tensors)
+        for place, tensor in zip(places, duals, strict=True):
+            inputs[place] = tensor
+        x, gamma, bias, weight = inputs
+        return stochastic_depth(
+            x, lambda r, s: branch(r, s, weight), 0.5, True, gamma=gamma, batched=(bias,), sampling=sampling
+        )
+
+    if api == "forward_ad":
+        with forward_ad.dual_level():
+            duals = [forward_ad.make_dual(tensors[place], tangents[place]) for place in places]
+            out, out_tangent = forward_ad.unpack_dual(function(*duals))
+            assert out_tangent is not None
+    else:
+        out, out_tangent = torch.func.jvp(
+            function, tuple(tensors[place] for place in places), tuple(tangents[place] for place in places)
+        )
+    keep = added_samples(out, tensors[0])
+    assert 0 < keep.sum() < 12
+
+    def formula(x, gamma, bias, weight):
+        return skip_formula(x, branch(x, bias, weight), keep, 2.0, gamma)
+
+    used = [t if dual[place] else torch.zeros_like(t) for place, t in enumerate(tangents)]
+    expected, expected_tangent = torch.func.jvp(formula, tuple(tensors), tuple(used))
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(out_tangent, expected_tangent)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_skip_func_grad(device, sampling):
+    tensors, branch = _skip_case(device, 12)
+
+    def loss(x, gamma, bias, weight):
+        out = stochastic_depth(
+            x, lambda r, s: branch(r, s, weight), 0.5, True, gamma=gamma, batched=(bias,), sampling=sampling
+        )
+        return (out**2).sum(), out
+
+    grads, out = torch.func.grad(loss, argnums=(0, 1, 2, 3), has_aux=True)(*tensors)
+    keep = added_samples(out, tensors[0])
+    assert 0 < keep.sum() < 12
+
+    def plain(x, gamma, bias, weight):
+        return (skip_formula(x, branch(x, bias, weight), keep, 2.0, gamma) ** 2).sum()
+
+    for actual, expected in zip(grads, torch.func.grad(plain, argnums=(0, 1, 2, 3))(*tensors), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_skip_forward_over_reverse(device, sampling):
+    """A graph that the kernels built meets a tangent only in its backward pass: it must not get lost there."""
+    tensors, branch = _skip_case(device, 12)
+    inputs = [t.requires_grad_() for t in tensors]
+    weight, tangent = (random_tensor((12, 4), torch.float64, device, seed=seed) for seed in (5, 6))
+    out = _skip(branch, sampling, device)(*inputs)
+    with forward_ad.dual_level():
+        grads = torch.autograd.grad(out, inputs, forward_ad.make_dual(weight, tangent), retain_graph=True)
+        duals = [forward_ad.unpack_dual(grad) for grad in grads]
+    for values, place in ((weight, 0), (tangent, 1)):
+        for dual, expected in zip(duals, torch.autograd.grad(out, inputs, values, retain_graph=True), strict=True):
+            torch.testing.assert_close(dual[place], expected)
+
+
+def test_skip_vmap_draws_a_subset_for_each_entry(device):
+    """The count of "fixed" is the same for every entry, which is all that vmap needs."""
+    x = random_tensor((30, 8, 3), torch.float64, device)
+    out = torch.func.vmap(
+        lambda t: stochastic_depth(t, torch.sin, 0.5, training=True, sampling="fixed"), randomness="different"
+    )(x)
+    keep = (out != x).any(-1)
+    assert keep.sum(1).eq(4).all()
+    assert len({tuple(row) for row in keep.tolist()}) > 10
+    torch.testing.assert_close(out, x + torch.where(keep[..., None], 2 * x.sin(), 0.0))
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_skip_vmap_with_one_subset_for_all(device, sampling):
+    x = random_tensor((5, 16, 3), torch.float64, device)
+    function = torch.func.vmap(
+        lambda t: stochastic_depth(t, torch.sin, 0.5, training=True, sampling=sampling), randomness="same"
+    )
+    out = function(x)
+    keep = (out != x).any(-1)
+    assert 0 < keep[0].sum() < 16
+    assert keep.eq(keep[0]).all()
+    torch.testing.assert_close(out, x + torch.where(keep[..., None], 2 * x.sin(), 0.0))
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_skip_vmap_where_nothing_is_dropped(device, sampling):
+    """No draw, so the default randomness="error" has nothing to object to."""
+    x = random_tensor((5, 6, 3), torch.float64, device)
+    out = torch.func.vmap(lambda t: stochastic_depth(t, torch.sin, 0.5, sampling=sampling))(x)
+    torch.testing.assert_close(out, x + x.sin())
+
+
+@pytest.mark.parametrize("dual", ["x", "y", "residual", "gamma"])
+def test_the_skip_ops_refuse_what_they_cannot_differentiate(device, dual):
+    ops = torch.ops.droppath_ext
+    index = torch.arange(6, device=device)
+    tensors = dict(zip(("y", "residual", "gamma"), add_inputs((6, 4), (torch.float32,) * 3, device), strict=True))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="carries a tangent"):
+        if dual == "x":
+            x = tensors["residual"]
+            ops.gather(forward_ad.make_dual(x, x), index, index)
+        else:
+            tensors[dual] = forward_ad.make_dual(tensors[dual], tensors[dual])
+            ops.scatter_add(*tensors.values(), index, index, 2.0)

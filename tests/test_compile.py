@@ -1,8 +1,9 @@
-"""Promise: torch.compile and torch.export take drop_path and drop_path_add whole, and stay random."""
+"""Promise: torch.compile and torch.export take the functions whole, and stay random."""
 
 import pytest
 import torch
 from conftest import (
+    SAMPLINGS,
     TOLERANCES,
     add_dtype,
     add_inputs,
@@ -11,13 +12,16 @@ from conftest import (
     assert_same_bits,
     dtypes_id,
     exact_add,
+    fixed_count,
     kept_samples,
     random_tensor,
+    skip_formula,
+    skip_scale,
     zero_dropped,
 )
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from droppath_ext import DropPath, DropPathAdd, drop_path, drop_path_add
+from droppath_ext import DropPath, DropPathAdd, StochasticDepth, drop_path, drop_path_add, stochastic_depth
 
 # Inductor is what users get; the partitioner alone (no C++ compiler) is where duplicate random ops were merged.
 BACKENDS = ["inductor", "aot_eager_decomp_partition"]
@@ -314,3 +318,230 @@ def test_add_errors_survive_compilation(device, residual_shape, gamma_shape, mes
     compiled = torch.compile(lambda x, residual: drop_path_add(x, residual, 0.5, True, gamma=gamma), backend="eager")
     with pytest.raises(Exception, match=message):
         compiled(torch.ones(2, 2, device=device), torch.ones(residual_shape, device=device))
+
+
+# --- stochastic_depth ---
+
+
+def _mlp():
+    return torch.nn.Sequential(torch.nn.Linear(6, 12), torch.nn.GELU(), torch.nn.Linear(12, 6))
+
+
+def _assert_skip(out, leaves, x, branch, gamma, sampling, drop_prob=0.5, scale_by_keep=True, batched=()):
+    """Output and gradients by the plain formula with the samples that the output shows. Returns the keep mask."""
+    keep = added_samples(out, x)
+    expected = skip_formula(x, branch(x, *batched), keep, skip_scale(len(x), drop_prob, sampling, scale_by_keep), gamma)
+    tolerance = TOLERANCES[out.dtype]
+    torch.testing.assert_close(out, expected, **tolerance)
+    assert_same_bits(out[~keep].detach(), x[~keep].detach())
+    grad = random_tensor(out.shape, out.dtype, out.device, seed=3)
+    actual_grads = torch.autograd.grad(out, leaves, grad)
+    for actual, plain in zip(actual_grads, torch.autograd.grad(expected, leaves, grad), strict=True):
+        torch.testing.assert_close(actual, plain, **tolerance)
+    return keep
+
+
+@pytest.mark.parametrize(
+    ("backend", "with_gamma"),
+    [("inductor", True), ("aot_eager_decomp_partition", True), ("aot_eager_decomp_partition", False)],
+)
+def test_skip_fixed_fullgraph_forward_and_backward(device, backend, with_gamma):
+    x = random_tensor((16, 5, 6), device=device).requires_grad_()
+    bias = random_tensor((16, 1, 6), device=device, seed=5).requires_grad_()
+    mlp = _mlp().to(device)
+    gamma = random_tensor((6,), device=device, seed=2).requires_grad_() if with_gamma else None
+    leaves = [t for t in (x, bias, gamma, *mlp.parameters()) if t is not None]
+
+    def branch(rows, shift):
+        return mlp(rows) * shift
+
+    @torch.compile(fullgraph=True, backend=backend)
+    def compiled(x, bias, gamma):
+        return stochastic_depth(x, branch, 0.6, True, gamma=gamma, batched=(bias,), sampling="fixed")
+
+    masks = set()
+    for _ in range(4):
+        keep = _assert_skip(compiled(x, bias, gamma), leaves, x, branch, gamma, "fixed", 0.6, batched=(bias,))
+        assert keep.sum() == fixed_count(16, 0.6)
+        masks.add(tuple(keep.tolist()))
+    assert len(masks) > 1
+
+
+@pytest.mark.parametrize("scale_by_keep", [True, False])
+@pytest.mark.parametrize("dim", [None, 6])
+@pytest.mark.parametrize("drop_prob", [0.05, 0.4, 1.0])
+def test_skip_fixed_fullgraph_module(device, scale_by_keep, dim, drop_prob):
+    """Also where so few or so many samples are dropped that all of them are kept, or none; and in eval."""
+    module = StochasticDepth(_mlp(), drop_prob, scale_by_keep, dim, None if dim is None else 0.5, "fixed").to(device)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager_decomp_partition")
+    x = random_tensor((8, 6), device=device).requires_grad_()
+    leaves = [x, *module.parameters()]
+    for _ in range(3):
+        out = compiled(x)
+        keep = _assert_skip(out, leaves, x, module.branch, module.gamma, "fixed", drop_prob, scale_by_keep)
+        assert keep.sum() == {0.05: 8, 0.4: 5, 1.0: 0}[drop_prob]
+    module.eval()
+    y = module.branch(x)
+    torch.testing.assert_close(compiled(x), x + (y if dim is None else 0.5 * y))
+
+
+@pytest.mark.parametrize(
+    ("backend", "sampling"),
+    [*((backend, "fixed") for backend in BACKENDS), ("aot_eager_decomp_partition", "bernoulli")],
+)
+def test_skip_two_calls_on_one_tensor_draw_twice(device, backend, sampling):
+    """Common-subexpression elimination merges opaque random ops in compiled training (torch 2.11 and 2.13)."""
+
+    def both(x):
+        return [stochastic_depth(x, lambda rows: rows * 3, 0.5, True, sampling=sampling) for _ in range(2)]
+
+    x = torch.ones(512, 2, device=device, requires_grad=True)
+    outs = torch.compile(both, fullgraph=sampling == "fixed", backend=backend)(x)
+    first, second = (added_samples(out, x) for out in outs)
+    assert 180 < (first != second).sum() < 332, "two calls on the same tensor must draw two subsets"
+    (grad,) = torch.autograd.grad(sum(out.sum() for out in outs), x)
+    torch.testing.assert_close(grad[:, 0], 2 + 6.0 * first + 6.0 * second)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_skip_manual_seed_reproduces_under_compile(device, sampling):
+    compiled = torch.compile(
+        lambda x: stochastic_depth(x, torch.sin, 0.5, True, sampling=sampling), backend="aot_eager_decomp_partition"
+    )
+    x = random_tensor((500, 2), device=device)
+    masks = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        masks.append(added_samples(compiled(x), x))
+    assert torch.equal(masks[0], masks[1])
+    assert not torch.equal(masks[0], masks[2])
+
+
+def test_skip_fixed_subsets_under_compile_are_uniform(device):
+    """Each sample in its turn, over many calls of one graph."""
+    compiled = torch.compile(
+        lambda x: stochastic_depth(x, torch.ones_like, 0.7, True, sampling="fixed"), fullgraph=True, backend="aot_eager"
+    )
+    x = torch.zeros(10, 1, device=device)
+    kept = sum(added_samples(compiled(x), x).long() for _ in range(1000))
+    assert kept.sum() == 3000
+    assert (kept - 300).abs().max() < 4.5 * (1000 * 0.3 * 0.7) ** 0.5
+
+
+@pytest.mark.parametrize("with_gamma", [False, True])
+def test_skip_bernoulli_breaks_the_graph_once(device, with_gamma):
+    """Where the number of kept samples is drawn on the host."""
+    gamma = random_tensor((6,), device=device, seed=2) if with_gamma else None
+    mlp = _mlp().to(device)
+
+    def block(x):
+        return stochastic_depth(x * 2, mlp, 0.5, True, gamma=gamma) * 3
+
+    x = random_tensor((16, 5, 6), device=device)
+    for function, calls in ((block, 1), (lambda x: block(block(x)), 2)):
+        torch._dynamo.reset()
+        reasons = torch._dynamo.explain(function)(x).break_reasons
+        assert len(reasons) <= calls
+        assert all("drawn on the host" in reason.reason for reason in reasons)
+
+
+@pytest.mark.parametrize(("backend", "with_gamma"), [("inductor", True), ("aot_eager", True), ("aot_eager", False)])
+def test_skip_bernoulli_does_not_recompile_for_each_count(device, backend, with_gamma):
+    """The number of kept samples differs from call to call; the graphs behind the break are those of the first few."""
+    counter = CompileCounterWithBackend(backend)
+    module = StochasticDepth(_mlp(), 0.5, dim=6 if with_gamma else None, init_values=0.5 if with_gamma else None)
+    compiled = torch.compile(module.to(device), backend=counter)
+    x = random_tensor((32, 5, 6), device=device).requires_grad_()
+    leaves = [x, *module.parameters()]
+    counts, frames = set(), []
+    for _ in range(20):
+        keep = _assert_skip(compiled(x), leaves, x, module.branch, module.gamma, "bernoulli")
+        counts.add(keep.sum().item())
+        frames.append(counter.frame_count)
+    assert len(counts) > 5
+    assert frames[-1] <= 3
+    assert frames[-1] == frames[4], "later calls compile nothing"
+
+
+def test_skip_bernoulli_under_compile_with_few_samples(device):
+    """All kept, one kept and all dropped come in turns: sizes 0 and 1 are what dynamic shapes specialise on."""
+    counter = CompileCounterWithBackend("aot_eager")
+    module = StochasticDepth(_mlp(), 0.5).to(device)
+    compiled = torch.compile(module, backend=counter)
+    x = random_tensor((3, 6), device=device).requires_grad_()
+    counts = set()
+    for _ in range(40):
+        keep = _assert_skip(compiled(x), [x, *module.parameters()], x, module.branch, None, "bernoulli")
+        counts.add(keep.sum().item())
+    assert counts == {0, 1, 2, 3}
+    assert counter.frame_count <= 6
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_skip_tensors_that_come_along_under_compile(device, sampling):
+    """A mask of bools, and integers."""
+    table = random_tensor((4, 6), device=device, seed=4).requires_grad_()
+
+    def branch(rows, mask, label):
+        return (rows * mask[..., None]).sin() + table[label][:, None]
+
+    mask = (random_tensor((16, 5), seed=21) > 0).to(device)
+    label = (torch.arange(16) % 4).to(device)
+    compiled = torch.compile(
+        lambda x: stochastic_depth(x, branch, 0.5, True, batched=(mask, label), sampling=sampling),
+        fullgraph=sampling == "fixed",
+        backend="aot_eager_decomp_partition",
+    )
+    x = random_tensor((16, 5, 6), device=device).requires_grad_()
+    for _ in range(3):
+        _assert_skip(compiled(x), [x, table], x, branch, None, sampling, batched=(mask, label))
+
+
+def test_skip_fixed_dynamic_batch(device):
+    """Another batch size may compile another graph; it gives the right number of samples."""
+    compiled = torch.compile(StochasticDepth(torch.sin, 0.5, sampling="fixed"), fullgraph=True, backend="aot_eager")
+    for batch in (64, 101, 37):
+        x = random_tensor((batch, 5), device=device).requires_grad_()
+        keep = _assert_skip(compiled(x), [x], x, torch.sin, None, "fixed")
+        assert keep.sum() == fixed_count(batch, 0.5)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("strict", [True, False])
+def test_skip_export_of_eval(device, sampling, strict):
+    module = StochasticDepth(_mlp(), 0.5, dim=6, init_values=0.5, sampling=sampling).to(device).eval()
+    batch = torch.export.Dim("batch", min=2, max=1024)
+    exported = torch.export.export(
+        module, (random_tensor((8, 6), device=device),), dynamic_shapes=({0: batch},), strict=strict
+    ).module()
+    x = random_tensor((300, 6), device=device, seed=1)
+    torch.testing.assert_close(exported(x), x + 0.5 * module.branch(x))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_skip_export_of_fixed_training(device, strict):
+    """The exported graph draws anew in each call."""
+    module = StochasticDepth(_mlp(), 0.5, sampling="fixed").to(device).train()
+    x = random_tensor((16, 6), device=device)
+    exported = torch.export.export(module, (x,), strict=strict).module()
+    masks = set()
+    for _ in range(4):
+        out = exported(x)
+        keep = added_samples(out, x)
+        assert keep.sum() == 8
+        torch.testing.assert_close(out, skip_formula(x, module.branch(x), keep, 2.0))
+        masks.add(tuple(keep.tolist()))
+    assert len(masks) > 1
+
+
+@pytest.mark.parametrize(
+    ("branch", "gamma_shape", "message"),
+    [(lambda x: x[:, :1], None, r"output of branch.*\[1, 1\]"), (torch.sin, (3,), r"gamma.*\[3\]")],
+)
+def test_skip_errors_survive_compilation(device, branch, gamma_shape, message):
+    gamma = None if gamma_shape is None else torch.ones(gamma_shape, device=device)
+    compiled = torch.compile(
+        lambda x: stochastic_depth(x, branch, 0.5, True, gamma=gamma, sampling="fixed"), backend="eager"
+    )
+    with pytest.raises(Exception, match=message):
+        compiled(torch.ones(2, 2, device=device))

@@ -12,26 +12,38 @@ from conftest import (
     DTYPES,
     FUSED_ADD_DTYPES,
     HAS_CUDA,
+    SAMPLINGS,
     add_dtype,
     add_inputs,
     added_samples,
+    assert_near,
     assert_positive_zero,
     assert_rounded_once,
     assert_same_bits,
     dtypes_id,
     exact_add,
+    fixed_count,
     formula,
     kept_samples,
     random_tensor,
     same_layout,
     seeded,
+    skip_formula,
     uses_fused_path,
     zero_dropped,
 )
 from test_layouts import LAYOUTS
 from torch.autograd import forward_ad
 
-from droppath_ext import DropPath, DropPathAdd, drop_path, drop_path_add, reference
+from droppath_ext import (
+    DropPath,
+    DropPathAdd,
+    StochasticDepth,
+    drop_path,
+    drop_path_add,
+    reference,
+    stochastic_depth,
+)
 
 
 class Tagged(torch.Tensor):
@@ -574,3 +586,196 @@ def test_add_module_in_a_subclass_model(device):
     out = module(x.as_subclass(Tagged), residual)
     assert type(out) is Tagged
     assert_same_bits(out.detach().as_subclass(torch.Tensor), residual)
+
+
+# --- stochastic_depth: routing ---
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("with_gamma", [False, True])
+def test_skip_takes_the_fused_path(device, sampling, with_gamma):
+    """One gather and one scatter_add each way, and none of the composite's operations."""
+    x, _, gamma = add_inputs((8, 3), FLOATS, device)
+    x.requires_grad_()
+    leaves = [x]
+    if with_gamma:
+        leaves.append(gamma.requires_grad_())
+    out, forward = _ops_of(
+        lambda: stochastic_depth(
+            x, torch.neg, 0.5, training=True, gamma=gamma if with_gamma else None, sampling=sampling
+        )
+    )
+    grad = torch.ones_like(out)
+    _, backward = _ops_of(lambda: torch.autograd.grad(out, leaves, grad))
+    assert {"droppath_ext::gather", "droppath_ext::scatter_add"} <= forward
+    assert "droppath_ext::scatter_add_backward" in backward
+    composite = {"aten::where", "aten::index_select", "aten::masked_fill", "aten::randperm", "aten::mul", "aten::add"}
+    assert not composite & (forward | backward)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize(("drop_prob", "training"), [(0.0, True), (0.5, False)])
+def test_skip_takes_the_fused_path_in_eval(device, sampling, drop_prob, training):
+    """One fused tail behind the branch, and nothing before it."""
+    x, _, gamma = add_inputs((8, 3), FLOATS, device)
+    _, names = _ops_of(lambda: stochastic_depth(x, torch.neg, drop_prob, training, gamma=gamma, sampling=sampling))
+    assert {name for name in names if name.startswith("droppath_ext::")} == {"droppath_ext::scatter_add"}
+    assert not {"aten::mul", "aten::add", "aten::where", "aten::index_select"} & names
+
+
+def test_skip_compiled_graphs_hold_the_composite():
+    """Inductor fuses ATen ops into their neighbours; an opaque op it could not."""
+    targets = []
+
+    def backend(graph, _):
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    torch._dynamo.reset()
+    x, _, gamma = add_inputs((64, 3), FLOATS)
+    compiled = torch.compile(
+        lambda x, gamma: stochastic_depth(x, torch.neg, 0.5, True, gamma=gamma, sampling="fixed"),
+        backend=backend,
+        fullgraph=True,
+    )
+    out = compiled(x, gamma)
+    assert_near(out, skip_formula(x, -x, added_samples(out, x), 2.0, gamma))
+    assert targets
+    assert not any("droppath_ext" in target for target in targets)
+
+
+# --- stochastic_depth: what takes the composite gets the right answer ---
+
+
+@pytest.mark.parametrize("which", ["x", "branch", "gamma"])
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("drop_prob", [0.0, 0.5, 1.0])
+def test_skip_with_one_subclass(device, which, sampling, drop_prob):
+    """A subclass among the inputs, or one that the branch returns, is honoured."""
+    x, _, gamma = add_inputs((40, 3), FLOATS, device)
+    weight = random_tensor((3,), device=device, seed=4)
+
+    def run(x, gamma, weight, wrap):
+        return stochastic_depth(
+            x, lambda rows: wrap(rows * weight), drop_prob, training=True, gamma=gamma, sampling=sampling
+        )
+
+    def tagged(name, tensor):
+        return (tensor.as_subclass(Tagged) if which == name else tensor).detach().requires_grad_()
+
+    leaves = [tagged("x", x), tagged("gamma", gamma), tagged("weight", weight)]
+    out = run(*leaves, lambda y: y.as_subclass(Tagged) if which == "branch" else y)
+    assert type(out) is Tagged
+    plain = out.detach().as_subclass(torch.Tensor)
+    keep = added_samples(plain, x)
+    assert drop_prob == 0.5 or keep.all() == (drop_prob == 0.0)
+    plain_leaves = [t.clone().requires_grad_() for t in (x, gamma, weight)]
+    scale = 2.0 if drop_prob == 0.5 else 1.0
+    expected = skip_formula(plain_leaves[0], plain_leaves[0] * plain_leaves[2], keep, scale, plain_leaves[1])
+    assert_near(plain, expected)
+    grads = torch.autograd.grad(out.sum(), leaves)
+    for actual, other in zip(grads, torch.autograd.grad(expected.sum(), plain_leaves), strict=True):
+        assert_near(actual.as_subclass(torch.Tensor), other)
+
+
+@pytest.mark.parametrize("dtypes", FUSED_ADD_DTYPES, ids=dtypes_id)
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("drop_prob", [0.0, 0.5, 1.0])
+def test_skip_meta_device(dtypes, sampling, drop_prob):
+    """Shapes without data; "bernoulli" draws on the host all the same."""
+    y_dtype, x_dtype, _ = dtypes
+    y, x, gamma = add_inputs((8, 3, 4, 4), dtypes, gamma_shape=(3, 1, 1))
+    expected = add_dtype(y, x, gamma)
+    x = x.to("meta").to(memory_format=torch.channels_last).requires_grad_()
+    gamma = None if gamma is None else gamma.to("meta")
+    sizes = []
+
+    def branch(rows, mask):
+        assert mask.dtype == torch.bool
+        assert len(mask) == len(rows)
+        sizes.append(len(rows))
+        return rows.to(y_dtype)
+
+    mask = torch.ones(8, 1, dtype=torch.bool, device="meta")
+    out = stochastic_depth(x, branch, drop_prob, training=True, gamma=gamma, batched=(mask,), sampling=sampling)
+    assert (out.device.type, out.shape, out.dtype) == ("meta", x.shape, expected)
+    out.sum().backward()
+    assert (x.grad.shape, x.grad.dtype) == (x.shape, x_dtype)
+    if drop_prob in (0.0, 1.0):
+        assert sizes == [8 if drop_prob == 0.0 else 1]
+    elif sampling == "fixed":
+        assert sizes == [4]
+
+
+def test_skip_fake_tensors():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        x = torch.empty(8, 4, 2, 2, dtype=torch.float16).to(memory_format=torch.channels_last).requires_grad_()
+        gamma = torch.empty(4, 1, 1, requires_grad=True)
+        out = stochastic_depth(x, torch.sin, 0.5, training=True, gamma=gamma, sampling="fixed")
+        out.sum().backward()
+        assert (out.shape, out.dtype) == (x.shape, torch.float32)
+        for tensor in (x, gamma):
+            assert (tensor.grad.shape, tensor.grad.dtype) == (tensor.shape, tensor.dtype)
+
+
+# --- the composite of gather, scatter_add and draw_fixed itself ---
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_composite_gather(device, dtype):
+    """Copies, and zeros where the index is -1."""
+    x = random_tensor((8, 3), dtype, device)
+    index = torch.tensor([6, -1, 1], device=device)
+    inverse = torch.tensor([-1, 2, -1, -1, -1, -1, 0, -1], device=device)
+    out = reference.gather(x, index, inverse)
+    assert_same_bits(out, torch.stack([x[6], torch.zeros_like(x[0]), x[1]]))
+
+
+@pytest.mark.parametrize("dtypes", ALL_ADD_DTYPES, ids=dtypes_id)
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("value", [None, float("inf")])
+def test_skip_of_every_mixture_of_dtypes(device, dtypes, sampling, value):
+    """Forward and backward, whichever path serves it; infinity in a dropped sample of x stays there."""
+    y_dtype, x_dtype, gamma_dtype = dtypes
+    weight, x, gamma = add_inputs((20, 5), dtypes, device)
+    weight = weight[0].clone().requires_grad_()
+    on = seeded(device if sampling == "fixed" else "cpu", 1)
+    out = stochastic_depth(x, lambda rows: rows + 1, 0.5, True, sampling=sampling, generator=on)
+    keep = added_samples(out, x)
+    assert keep.sum() == fixed_count(20, 0.5) or sampling == "bernoulli"
+    if value is not None:
+        x[~keep] = value
+    x.requires_grad_()
+    leaves = [x, weight] if gamma is None else [x, weight, gamma.requires_grad_()]
+    out = stochastic_depth(
+        x,
+        lambda rows: rows.to(y_dtype) * weight,
+        0.5,
+        training=True,
+        gamma=gamma,
+        sampling=sampling,
+        generator=seeded(device if sampling == "fixed" else "cpu", 1),
+    )
+    y = (x.to(y_dtype) * weight).detach()
+    assert out.dtype == add_dtype(y, x.detach(), None if gamma is None else gamma.detach())
+    rows = keep.nonzero().flatten()
+    everyone = torch.ones(len(rows), dtype=torch.bool, device=device)
+    assert_rounded_once(out[rows], *exact_add(y[rows], x[rows], gamma, everyone, 2.0))
+    assert_same_bits(out[~keep], x.detach()[~keep].to(out.dtype))
+    grads = torch.autograd.grad(out, leaves, torch.ones_like(out))
+    for leaf, grad in zip(leaves, grads, strict=True):
+        assert (grad.dtype, grad.shape) == (leaf.dtype, leaf.shape)
+        assert grad.isfinite().all()
+    assert_same_bits(grads[0][~keep], torch.ones_like(x)[~keep])
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_skip_module_in_a_subclass_model(device, sampling):
+    """A module call takes the same route as the function."""
+    x = random_tensor((3, 2), device=device)
+    module = StochasticDepth(torch.sin, 1.0, dim=2, init_values=0.5, sampling=sampling).to(device)
+    out = module(x.as_subclass(Tagged))
+    assert type(out) is Tagged
+    assert_same_bits(out.detach().as_subclass(torch.Tensor), x)

@@ -6,21 +6,29 @@ from conftest import (
     DTYPES,
     FUSED_ADD_DTYPES,
     NO_CUDA_REASON,
+    SAMPLINGS,
+    Recorded,
+    WeightBranch,
     add_inputs,
     added_samples,
     assert_rounded_once,
     assert_same_bits,
     checked,
     checked_add,
+    checked_skip,
     dtypes_id,
     exact_add,
+    fixed_count,
     kept_samples,
+    like,
+    predict_fixed,
     predict_keep,
+    predict_skip,
     random_tensor,
     zero_dropped,
 )
 
-from droppath_ext import DropPath, DropPathAdd, drop_path, drop_path_add
+from droppath_ext import DropPath, DropPathAdd, StochasticDepth, drop_path, drop_path_add, stochastic_depth
 
 if NO_CUDA_REASON:
     pytest.skip(f"every test on a GPU is left out: {NO_CUDA_REASON}", allow_module_level=True)
@@ -378,3 +386,232 @@ def test_add_more_than_2_to_the_31_elements(shape):
         assert torch.equal(grad_x, residual)
         expected = torch.full_like(gamma, 8.0 * keep.sum())
         torch.testing.assert_close(grad_gamma, expected, rtol=0.004, atol=0)
+
+
+# --- stochastic_depth ---
+
+
+class _Wave(Recorded):
+    def compute(self, x):
+        return x.sin() + 2 * x
+
+
+@pytest.mark.memcheck
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (5, 64), (33, 7), (3, 4096), (2, 40_003)])
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_skip_memory_safety(dtype, shape, sampling):
+    """Forward and backward, aligned and one element off, with gamma and without."""
+    x = random_tensor(shape, dtype, DEVICE)
+    gamma = random_tensor(shape[-1:], dtype, DEVICE, seed=2)
+    base = random_tensor((x.numel() + 1,), dtype, DEVICE)
+    for values in (x, base[1:].view(shape)):
+        checked_skip(values, _Wave(), 0.4, sampling=sampling)
+        checked_skip(values, _Wave(), 0.4, gamma=gamma, sampling=sampling)
+        checked_skip(values, _Wave(), 1.0, gamma=gamma, sampling=sampling)
+
+
+@pytest.mark.memcheck
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("shape", [(5, 6, 7, 3), (3, 64, 8, 8), (4, 1, 9, 9)])
+def test_skip_memory_safety_of_channels(sampling, shape):
+    x = random_tensor(shape, device=DEVICE)
+    gamma = random_tensor((shape[1], 1, 1), device=DEVICE, seed=2)
+    checked_skip(x, _Wave(), 0.4, gamma=gamma, sampling=sampling)
+    checked_skip(x.to(memory_format=torch.channels_last), _Wave(), 0.4, gamma=gamma, sampling=sampling)
+    checked_skip(x.transpose(0, 1).contiguous().transpose(0, 1), _Wave(), 0.4, gamma=gamma, sampling=sampling)
+
+
+@pytest.mark.memcheck
+@pytest.mark.parametrize(("size", "count"), [(1, 1), (2, 1), (7, 3), (1024, 1), (1025, 1024), (70_001, 35_000)])
+def test_fixed_is_the_subset_of_the_host(size, count):
+    x = torch.empty(size, device=DEVICE)
+    for _ in range(3):
+        expected = predict_fixed(x, count)
+        slots, kept = torch.ops.droppath_ext.draw_fixed(x, count)
+        assert torch.equal(slots, expected)
+        assert torch.equal(kept, (expected >= 0).nonzero().flatten())
+
+
+@pytest.mark.parametrize("samples", [65_535, 65_536, 65_537, 1_000_003])
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_skip_beyond_65535_samples(samples, sampling):
+    x = random_tensor((samples, 3), device=DEVICE)
+    keep = predict_fixed(x, fixed_count(samples, 0.3)) >= 0 if sampling == "fixed" else predict_skip(x, 0.3)
+    out = stochastic_depth(x, torch.neg, 0.3, training=True, sampling=sampling)
+    assert torch.equal(added_samples(out, x), keep)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("drop_prob", [0.5, 1.0])
+def test_skip_never_synchronises(sampling, drop_prob):
+    """Forward and backward, in training and in eval; the number of kept samples is known to the host all the same."""
+    module = StochasticDepth(torch.nn.Linear(33, 33), drop_prob, dim=33, init_values=0.5, sampling=sampling).to(DEVICE)
+    x = random_tensor((64, 33), device=DEVICE).requires_grad_()
+    mask = torch.ones(64, 5, dtype=torch.bool, device=DEVICE)
+    rows = []
+
+    def branch(t, m):
+        rows.append((t, m))
+        return torch.sin(t)
+
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out = module(x)
+        out.backward(x.detach())
+        stochastic_depth(x, branch, drop_prob, training=True, batched=(mask,), sampling=sampling)
+        module.eval()(x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    ((seen, seen_mask),) = rows
+    assert len(seen) == len(seen_mask) >= 1
+    keep = added_samples(out, x)
+    assert 0 < keep.sum() < 64 if drop_prob == 0.5 else not keep.any()
+    assert_same_bits(x.grad[~keep], x.detach()[~keep])
+
+
+@pytest.mark.parametrize("own_generator", [False, True])
+def test_skip_graph_replay_draws_fresh_subsets(own_generator):
+    x = random_tensor((1000, 5), device=DEVICE).requires_grad_()
+    branch = like(WeightBranch(5), x)
+    gamma = random_tensor((5,), device=DEVICE, seed=2).requires_grad_()
+    grad = random_tensor((1000, 5), device=DEVICE, seed=3)
+    generator = torch.Generator("cuda").manual_seed(3) if own_generator else None
+
+    def step():
+        out = stochastic_depth(x, branch, 0.5, training=True, gamma=gamma, sampling="fixed", generator=generator)
+        return out.detach(), torch.autograd.grad(out, [x, gamma, branch.weight], grad)
+
+    graph, (out, (grad_x, grad_gamma, grad_weight)) = _capture(step, generator)
+    weight, value, scale = (t.detach().double() for t in (branch.weight, x, gamma))
+    masks = []
+    for _ in range(4):
+        graph.replay()
+        keep = added_samples(out, x)
+        assert keep.sum() == 500
+        masks.append(keep)
+        assert_rounded_once(out, *exact_add(branch(x), x, gamma, keep, 2.0))
+        torch.testing.assert_close(
+            grad_x.double(), grad + zero_dropped(2 * grad.double() * weight * scale, keep), rtol=1e-5, atol=1e-5
+        )
+        terms = zero_dropped(2 * grad.double() * value, keep).sum(0)
+        torch.testing.assert_close(grad_gamma.double(), terms * weight, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(grad_weight.double(), terms * scale, rtol=1e-4, atol=1e-3)
+    for i in range(4):
+        for j in range(i):
+            assert 380 < (masks[i] != masks[j]).sum() < 620
+
+
+def test_skip_graph_replay_follows_the_seed_and_the_eager_sequence():
+    x = random_tensor((1000, 1), device=DEVICE)
+
+    def step():
+        return stochastic_depth(x, torch.neg, 0.5, training=True, sampling="fixed")
+
+    graph, out = _capture(step)
+    torch.manual_seed(9)
+    replayed = []
+    for _ in range(3):
+        graph.replay()
+        replayed.append(added_samples(out, x))
+    torch.manual_seed(9)
+    for mask in replayed:
+        assert torch.equal(added_samples(step(), x), mask)
+
+
+def test_skip_two_calls_in_one_graph_differ():
+    x = random_tensor((1000, 1), device=DEVICE)
+    graph, outs = _capture(
+        lambda: [stochastic_depth(x, torch.neg, 0.5, training=True, sampling="fixed") for _ in range(2)]
+    )
+    graph.replay()
+    first, second = (added_samples(out, x) for out in outs)
+    assert 380 < (first != second).sum() < 620
+
+
+def test_skip_bernoulli_refuses_to_be_captured():
+    """A graph would replay one number of kept samples for ever; the sentence says what to do."""
+    x = random_tensor((64, 5), device=DEVICE)
+    called = []
+    with (
+        pytest.raises(RuntimeError, match=r'sampling="bernoulli".*CUDA graph.*capture with sampling="fixed"'),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        stochastic_depth(x, lambda rows: called.append(rows) or rows, 0.5, training=True)
+    assert not called
+    torch.cuda.synchronize()
+    assert torch.equal(stochastic_depth(x, torch.neg, 0.5), x - x)
+
+
+def test_skip_runs_on_the_current_stream():
+    """x is ready late and on a side stream only: a launch on any other stream reads garbage."""
+    source = random_tensor((256, 4096), device=DEVICE)
+    torch.cuda.synchronize()
+    for sampling in SAMPLINGS:
+        x = torch.zeros(256, 4096, device=DEVICE, requires_grad=True)
+        torch.cuda.synchronize()
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(50_000_000)
+            with torch.no_grad():
+                x.copy_(source)
+            out = stochastic_depth(x, torch.neg, 0.5, training=True, sampling=sampling)
+            (grad,) = torch.autograd.grad(out, x, source)
+        side.synchronize()
+        keep = added_samples(out, source)
+        assert 64 < keep.sum() < 192
+        expected = torch.where(keep[:, None], -source, source)
+        assert_same_bits(out, expected)
+        assert_same_bits(grad, expected)
+
+
+def test_skip_indices_survive_until_they_are_copied():
+    """They leave the host without a wait: calls in a row must not overwrite what is still on its way."""
+    x = random_tensor((512, 64), device=DEVICE)
+    torch.manual_seed(3)
+    torch.cuda._sleep(100_000_000)
+    outs = [stochastic_depth(x, torch.neg, 0.5, training=True) for _ in range(50)]
+    torch.manual_seed(3)
+    for out in outs:
+        keep = predict_skip(x, 0.5)
+        stochastic_depth(torch.ones(512, 1), torch.neg, 0.5, training=True)  # advances as the call did
+        assert torch.equal(added_samples(out, x), keep)
+
+
+@pytest.mark.parametrize("shape", [(64, 197, 384), (4096, 7)])
+@pytest.mark.parametrize("with_gamma", [False, True])
+def test_skip_three_kernels_forward_and_two_back(shape, with_gamma):
+    """Draw, gather and scatter_add; their backwards, and a small kernel that adds up the parts of gamma's gradient."""
+    x = torch.ones(shape, device=DEVICE, requires_grad=True)
+    gamma = torch.ones(shape[-1:], device=DEVICE, requires_grad=True) if with_gamma else None
+    leaves = [t for t in (x, gamma) if t is not None]
+    grad = torch.ones(shape, device=DEVICE)
+
+    def forward():
+        return stochastic_depth(x, lambda rows: rows, 0.5, training=True, gamma=gamma, sampling="fixed")
+
+    torch.autograd.grad(forward(), leaves, grad)  # loads the module
+    out, first = kernels(forward)
+    _, second = kernels(lambda: torch.autograd.grad(out, leaves, grad))
+    assert len(first) <= 3, first
+    assert len(second) <= (3 if with_gamma else 2), second
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="a second GPU is needed")
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_skip_runs_on_the_device_of_the_input(sampling):
+    checked_skip(random_tensor((64, 33), device="cuda:1"), _Wave(), sampling=sampling)
+    assert torch.cuda.current_device() == 0
+
+
+@pytest.mark.parametrize("shape", [(5, 2**29 + 3), (2**26, 33)], ids=["big_samples", "small_samples"])
+def test_skip_more_than_2_to_the_31_elements(shape):
+    _need(60)
+    x = torch.ones(shape, device=DEVICE, dtype=torch.bfloat16)
+    assert x.numel() > 2**31
+    keep = predict_skip(x[:, :1], 0.5)
+    with torch.no_grad():
+        out = stochastic_depth(x, lambda rows: rows, 0.5, training=True)
+        x.add_(keep[:, None], alpha=2)  # in place: another tensor of this size may not fit
+        assert torch.equal(out, x)

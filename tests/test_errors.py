@@ -5,9 +5,18 @@ import sys
 
 import pytest
 import torch
-from conftest import NO_CUDA_REASON, generator_state
+from conftest import NO_CUDA_REASON, SAMPLINGS, generator_state, seeded
 
-from droppath_ext import DropPath, DropPathAdd, drop_path, drop_path_add, patch_timm, reference
+from droppath_ext import (
+    DropPath,
+    DropPathAdd,
+    StochasticDepth,
+    drop_path,
+    drop_path_add,
+    patch_timm,
+    reference,
+    stochastic_depth,
+)
 
 OPS = torch.ops.droppath_ext
 BAD_PROBS = [(1.5, r"1\.5"), (-0.1, r"-0\.1"), (2, "2"), (-1e-9, "-1e-09")]
@@ -466,3 +475,273 @@ def test_native_add_backward_keep_that_is_not_contiguous(device):
     else:
         assert grad_x.sum(1).tolist() == [5.0, 0.0, 5.0]
         assert grad_gamma.tolist() == [2.0] * 5
+
+
+# --- stochastic_depth: before the branch is called and before anything is drawn ---
+
+
+def _never(*_):
+    raise AssertionError("the branch must not be called")
+
+
+def _skip_error(kind, message, x, *args, branch=_never, **kwargs):
+    """stochastic_depth says exactly this, and has not drawn anything unless the branch is what is wrong."""
+    states = [generator_state("cpu")] + ([generator_state("cuda")] if NO_CUDA_REASON is None else [])
+    with pytest.raises(kind) as error:
+        stochastic_depth(x, branch, *args, **kwargs)
+    assert type(error.value) is kind
+    assert str(error.value) == message
+    if branch is _never:
+        after = [generator_state("cpu")] + ([generator_state("cuda")] if NO_CUDA_REASON is None else [])
+        assert all(torch.equal(*pair) for pair in zip(states, after, strict=True))
+
+
+EVERY_CASE = [(0.5, True), (0.0, True), (0.5, False)]
+
+
+@pytest.mark.parametrize(("drop_prob", "value"), [(1.5, "1.5"), (-0.1, "-0.1"), (2, "2"), (float("nan"), "nan")])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_skip_drop_prob_out_of_range(device, drop_prob, value, training, sampling):
+    x = torch.ones(2, 3, device=device)
+    message = f"drop_prob must be in [0, 1], but got {value}"
+    _skip_error(ValueError, message, x, drop_prob, training, sampling=sampling)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        StochasticDepth(torch.sin, drop_prob, sampling=sampling)
+    module = StochasticDepth(_never, 0.1, sampling=sampling).train(training)
+    module.drop_prob = drop_prob
+    with pytest.raises(ValueError, match=re.escape(message)):
+        module(x)
+
+
+@pytest.mark.parametrize("drop_prob", ["0.5", None, [0.5], 1j])
+@pytest.mark.parametrize("training", [True, False])
+def test_skip_drop_prob_not_a_number(drop_prob, training):
+    message = f"drop_prob must be a number in [0, 1], but got {drop_prob!r}"
+    _skip_error(TypeError, message, torch.ones(2, 3), drop_prob, training)
+    with pytest.raises(TypeError, match=re.escape(message)):
+        StochasticDepth(torch.sin, drop_prob)
+
+
+@pytest.mark.parametrize("sampling", ["x", "Fixed", "", None, "row"])
+@pytest.mark.parametrize(("drop_prob", "training"), EVERY_CASE)
+def test_skip_sampling(device, sampling, drop_prob, training):
+    message = f'sampling must be "bernoulli" or "fixed", but got {sampling!r}'
+    _skip_error(ValueError, message, torch.ones(2, 3, device=device), drop_prob, training, sampling=sampling)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        StochasticDepth(torch.sin, drop_prob, sampling=sampling)
+
+
+@pytest.mark.parametrize("dtype", BAD_DTYPES)
+@pytest.mark.parametrize(("drop_prob", "training"), EVERY_CASE)
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_skip_dtype(device, dtype, drop_prob, training, sampling):
+    name = str(dtype).removeprefix("torch.")
+    message = f"x must be float16, bfloat16, float32 or float64, but got {name}"
+    x = torch.ones(2, 3, device=device).to(dtype)
+    _skip_error(TypeError, message, x, drop_prob, training, sampling=sampling)
+
+
+@pytest.mark.parametrize(("drop_prob", "training"), EVERY_CASE)
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("on", ["device", "meta"])
+def test_skip_zero_dimensions(device, drop_prob, training, sampling, on):
+    x = torch.tensor(1.0, device=device if on == "device" else "meta")
+    message = "x must have at least one dimension, the samples, but got a 0-dim tensor"
+    _skip_error(ValueError, message, x, drop_prob, training, sampling=sampling)
+
+
+@pytest.mark.parametrize(("x", "name"), [(1.0, "float"), ([1.0, 2.0], "list"), (None, "NoneType")])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_skip_not_a_tensor(x, name, training, sampling):
+    _skip_error(TypeError, f"x must be a Tensor, but got {name}", x, 0.5, training, sampling=sampling)
+
+
+GAMMA_RULE = "gamma must broadcast along one dim of a sample, as [D] or [C, 1, 1] do, but got shape "
+
+
+@pytest.mark.parametrize(
+    ("shape", "gamma_shape"),
+    [((4, 3), (4,)), ((4, 3), (1,)), ((4, 3), (4, 1)), ((4, 5, 3), (5, 3)), ((4, 5, 3, 2), (5,)), ((4,), (4,))],
+)
+@pytest.mark.parametrize(("drop_prob", "training"), EVERY_CASE)
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_skip_gamma_shape(device, shape, gamma_shape, drop_prob, training, sampling):
+    message = f"{GAMMA_RULE}{list(gamma_shape)} for x of shape {list(shape)}"
+    x, gamma = torch.ones(shape, device=device), torch.ones(gamma_shape, device=device)
+    _skip_error(ValueError, message, x, drop_prob, training, gamma=gamma, sampling=sampling)
+
+
+@pytest.mark.parametrize(("drop_prob", "training"), EVERY_CASE)
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_skip_gamma(device, drop_prob, training, sampling):
+    """Of another kind, dtype or device."""
+    x = torch.ones(2, 3, device=device)
+    message = "gamma must be float16, bfloat16, float32 or float64, but got int64"
+    integers = torch.ones(3, dtype=torch.int64, device=device)
+    _skip_error(TypeError, message, x, drop_prob, training, gamma=integers, sampling=sampling)
+    message = "gamma must be a Tensor, but got float"
+    _skip_error(TypeError, message, x, drop_prob, training, gamma=1.0, sampling=sampling)
+    message = f"gamma must be on {x.device}, where x is, but got meta"
+    elsewhere = torch.ones(3, device="meta")
+    _skip_error(ValueError, message, x, drop_prob, training, gamma=elsewhere, sampling=sampling)
+
+
+@pytest.mark.parametrize(("drop_prob", "training"), EVERY_CASE)
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_skip_batched(device, drop_prob, training, sampling):
+    """The sentence says which of them it is."""
+    x, right = torch.ones(2, 3, device=device), torch.ones(2, device=device)
+    rule = "must have the 2 samples of x, but got shape"
+    for wrong, kind, message in (
+        (torch.ones(3, 3, device=device), ValueError, f"{rule} [3, 3]"),
+        (torch.ones(1, 3, device=device), ValueError, f"{rule} [1, 3]"),
+        (torch.ones(0, device=device), ValueError, f"{rule} [0]"),
+        (torch.tensor(1.0, device=device), ValueError, f"{rule} []"),
+        (torch.ones(2, device="meta"), ValueError, f"must be on {x.device}, where x is, but got meta"),
+        ([1.0, 2.0], TypeError, "must be a Tensor, but got list"),
+        (None, TypeError, "must be a Tensor, but got NoneType"),
+    ):
+        for place, batched in enumerate([(wrong,), (right, wrong), (right, right, wrong)]):
+            sentence = f"batched[{place}] {message}"
+            _skip_error(kind, sentence, x, drop_prob, training, batched=batched, sampling=sampling)
+    _skip_error(
+        ValueError, f"batched[1] {rule} [1]", x, drop_prob, training, batched=[right, right[:1]], sampling=sampling
+    )
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("training", [True, False])
+def test_skip_batched_as_one_tensor(device, sampling, training):
+    """A tensor alone would be taken for a sequence of its rows."""
+    x = torch.ones(2, 3, device=device)
+    with pytest.raises((TypeError, ValueError), match="batched"):
+        stochastic_depth(x, _never, 0.5, training, batched=torch.ones(2, 5, device=device), sampling=sampling)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize(("drop_prob", "training"), [*EVERY_CASE, (1.0, True)])
+def test_skip_shape_of_the_output(device, sampling, drop_prob, training):
+    """Both shapes are named: those of the kept samples."""
+    x = torch.ones(4, 5, 3, device=device)
+    for change in (
+        lambda rows: rows[:, :2],
+        lambda rows: rows.sum(-1),
+        lambda rows: rows[..., None],
+        lambda rows: torch.cat([rows, rows]),
+        lambda rows: rows.sum(0, keepdim=True).expand(9, -1, -1),
+        lambda rows: rows.sum(),
+    ):
+        shapes = []
+
+        def branch(rows, change=change, shapes=shapes):
+            out = change(rows)
+            shapes.extend([list(rows.shape), list(out.shape)])
+            return out
+
+        with pytest.raises(ValueError) as error:
+            stochastic_depth(x, branch, drop_prob, training, sampling=sampling)
+        expected, actual = shapes
+        message = f"the output of branch must have the shape of its input, {expected}, but got {actual}"
+        assert str(error.value) == message
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize(("drop_prob", "training"), [*EVERY_CASE, (1.0, True)])
+def test_skip_kind_of_the_output(device, sampling, drop_prob, training):
+    x = torch.ones(4, 3, device=device)
+    dtypes = "must be float16, bfloat16, float32 or float64"
+    for branch, kind, message in (
+        (lambda rows: rows.long(), TypeError, f"{dtypes}, but got int64"),
+        (lambda rows: rows > 0, TypeError, f"{dtypes}, but got bool"),
+        (lambda rows: (rows, rows), TypeError, "must be a Tensor, but got tuple"),
+        (lambda rows: None, TypeError, "must be a Tensor, but got NoneType"),
+        (lambda rows: rows.to("meta"), ValueError, f"must be on {x.device}, where x is, but got meta"),
+    ):
+        sentence = f"the output of branch {message}"
+        _skip_error(kind, sentence, x, drop_prob, training, branch=branch, sampling=sampling)
+
+
+def test_skip_error_in_the_branch_comes_through(device):
+    class OfTheBranch(Exception):
+        pass
+
+    def branch(rows):
+        raise OfTheBranch
+
+    for sampling in SAMPLINGS:
+        with pytest.raises(OfTheBranch):
+            stochastic_depth(torch.ones(4, 3, device=device), branch, 0.5, training=True, sampling=sampling)
+
+
+@pytest.mark.parametrize("branch", [None, 3, "relu"])
+def test_skip_branch_is_no_function(branch):
+    with pytest.raises(TypeError, match="callable"):
+        stochastic_depth(torch.ones(4, 3), branch, 0.5, training=True)
+
+
+def test_skip_options_are_keywords():
+    with pytest.raises(TypeError, match="positional"):
+        stochastic_depth(torch.ones(2, 3), _never, 0.5, True, True, torch.ones(3))
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize(("drop_prob", "training"), EVERY_CASE)
+def test_skip_generator_of_the_wrong_type(sampling, drop_prob, training):
+    with pytest.raises((TypeError, AttributeError), match=r"(?i)generator|device"):
+        stochastic_depth(torch.ones(2, 3), _never, drop_prob, training, sampling=sampling, generator=42)
+
+
+def _wrong_generator(sampling, wanted, got):
+    where = "the host" if sampling == "bernoulli" else "the device of x"
+    return f'generator must be a {wanted} generator, for sampling="{sampling}" draws on {where}, but got one of {got}'
+
+
+@pytest.mark.parametrize(("drop_prob", "training"), EVERY_CASE)
+def test_skip_generator_of_the_host(drop_prob, training):
+    """ "fixed" draws where x is; "bernoulli" draws on the host wherever that is."""
+    x = torch.ones(2, 3, device="meta")
+    message = _wrong_generator("fixed", "meta", "cpu")
+    _skip_error(ValueError, message, x, drop_prob, training, sampling="fixed", generator=seeded("cpu"))
+    out = stochastic_depth(x, torch.sin, drop_prob, training, generator=seeded("cpu"))
+    assert (out.shape, out.device.type) == (x.shape, "meta")
+
+
+@pytest.mark.skipif(NO_CUDA_REASON is not None, reason=f"a generator of another device needs one: {NO_CUDA_REASON}")
+@pytest.mark.parametrize(("drop_prob", "training"), EVERY_CASE)
+def test_skip_generator_of_another_device(drop_prob, training):
+    for x, sampling, wanted, got in (
+        ("cuda", "bernoulli", "cpu", "cuda"),
+        ("cpu", "bernoulli", "cpu", "cuda"),
+        ("cpu", "fixed", "cpu", "cuda"),
+        ("cuda", "fixed", "cuda", "cpu"),
+    ):
+        generator = seeded(got)
+        message = _wrong_generator(sampling, wanted, generator.device)
+        x = torch.ones(2, 3, device=x)
+        _skip_error(ValueError, message, x, drop_prob, training, sampling=sampling, generator=generator)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_a_refused_skip_leaves_its_generator_alone(device, sampling):
+    generator = seeded("cpu" if sampling == "bernoulli" else device)
+    before = generator.get_state()
+    x = torch.ones(2, 3, device=device)
+    for args, kwargs in (
+        ((x, _never, 1.5), {}),
+        ((x.long(), _never, 0.5), {}),
+        ((x[0, 0], _never, 0.5), {}),
+        ((x, _never, 0.5), {"gamma": x}),
+        ((x, _never, 0.5), {"batched": [x[:1]]}),
+    ):
+        with pytest.raises((TypeError, ValueError)):
+            stochastic_depth(*args, training=True, sampling=sampling, generator=generator, **kwargs)
+    assert torch.equal(generator.get_state(), before)
+
+
+@pytest.mark.parametrize(("dim", "init_values"), [(8, None), (None, 1e-5), (None, 0.0)])
+def test_skip_module_dim_and_init_values_go_together(dim, init_values):
+    message = f"dim and init_values go together, but got dim={dim} and init_values={init_values}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        StochasticDepth(torch.sin, 0.1, dim=dim, init_values=init_values)

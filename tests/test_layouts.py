@@ -10,13 +10,17 @@ from conftest import (
     DEVICES,
     DTYPES,
     FUSED_ADD_DTYPES,
+    SAMPLINGS,
     TOLERANCES,
+    Recorded,
     add_inputs,
+    added_samples,
     along,
     assert_rounded_once,
     assert_same_bits,
     checked,
     checked_add,
+    checked_skip,
     dtypes_id,
     expected_drop_path,
     predict_keep,
@@ -28,7 +32,7 @@ from conftest import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from droppath_ext import drop_path, drop_path_add, reference
+from droppath_ext import drop_path, drop_path_add, reference, stochastic_depth
 
 
 def _randn(device, dtype, *shape):
@@ -451,3 +455,101 @@ def add_arguments(draw):
 def test_add_any_layout(arguments, drop_prob, scale_by_keep, mode, seed):
     torch.manual_seed(seed)
     checked_add(*arguments, drop_prob, scale_by_keep, mode)
+
+
+# --- stochastic_depth ---
+
+
+class _Wave(Recorded):
+    """What it adds to x is never lost in rounding, and its derivative is never the same."""
+
+    def compute(self, x):
+        return x.sin() + 2 * x
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_skip_layout(device, layout, sampling, dtype):
+    x = LAYOUTS[layout](device, dtype)
+    before = x.clone()
+    gamma = None if x.dim() == 1 else random_tensor(x.shape[-1:], dtype, device, seed=2)
+    if len(x) == 0:
+        assert stochastic_depth(x, torch.sin, 0.4, training=True, gamma=gamma, sampling=sampling).shape == x.shape
+    elif x.numel() == 0 or len(x) > 10_000:
+        out = stochastic_depth(x, torch.sin, 0.4, training=True, gamma=gamma, sampling=sampling)
+        keep = added_samples(out, x)
+        branch = x.sin().double() if gamma is None else x.sin().double() * gamma.double()
+        expected = x.double() + zero_dropped(branch / 0.6, keep)
+        torch.testing.assert_close(out.double(), expected, **TOLERANCES[dtype])
+    else:
+        out = checked_skip(x, _Wave(), 0.4, gamma=gamma, sampling=sampling)
+        assert out.stride() == torch.empty_like(x).stride()
+    assert_same_bits(x, before)
+
+
+# What a branch may do to the memory of its output.
+BRANCH_LAYOUTS = {
+    "transposed": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
+    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "contiguous": lambda t: t.contiguous(),
+    "samples_innermost": lambda t: t.movedim(0, -1).contiguous().movedim(-1, 0),
+    "sliced": lambda t: torch.cat([t, t], -1)[..., : t.shape[-1]],
+    "every_other": lambda t: t.repeat_interleave(2, -1)[..., ::2],
+    "flipped": lambda t: t.flip(2).flip(2),
+    "one_element_off": lambda t: torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape),
+    "negative_view": lambda t: torch._neg_view(-t),
+}
+
+
+@pytest.mark.parametrize("branch_layout", BRANCH_LAYOUTS)
+@pytest.mark.parametrize("x_layout", ["contiguous", "channels_last", "sequence_first", "sliced"])
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("with_gamma", [False, True])
+def test_skip_layout_of_the_branch(device, branch_layout, x_layout, sampling, with_gamma):
+    """Output and gradients do not depend on how the branch's output lies in memory; the output lies as x does."""
+
+    class Branch(Recorded):
+        def compute(self, x):
+            return BRANCH_LAYOUTS[branch_layout](x.sin())
+
+    x = {
+        "contiguous": lambda t: t,
+        "channels_last": lambda t: t.to(memory_format=torch.channels_last),
+        "sequence_first": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
+        "sliced": lambda t: torch.cat([t, t], 1)[:, :3],
+    }[x_layout](random_tensor((10, 3, 5, 4), torch.float64, device))
+    gamma = random_tensor((3, 1, 1), torch.float64, device, seed=2) if with_gamma else None
+    out = checked_skip(x, Branch(), 0.4, gamma=gamma, sampling=sampling)
+    assert out.stride() == torch.empty_like(x).stride()
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.channels_last_3d])
+def test_skip_branch_sees_channels_last(device, sampling, memory_format):
+    """So that its convolutions need no copy."""
+    shape = (8, 6, 5, 3) if memory_format == torch.channels_last else (8, 6, 2, 5, 3)
+    branch = _Wave()
+    x = random_tensor(shape, device=device).to(memory_format=memory_format)
+    out = checked_skip(x, branch, sampling=sampling)
+    assert out.is_contiguous(memory_format=memory_format)
+    ((rows,), _) = branch.calls
+    assert rows.is_contiguous(memory_format=memory_format)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("features", [1, 3, 7, 8, 16, 17, 63, 257, 1023, 4097])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_skip_odd_sizes_have_no_tail_bugs(device, sampling, features, dtype):
+    """Aligned rows and others, of either parity of the sample."""
+    checked_skip(random_tensor((9, features), dtype, device), _Wave(), 0.4, sampling=sampling)
+    base = random_tensor((9 * features + 1,), dtype, device)
+    checked_skip(base[1:].view(9, features), _Wave(), 0.4, sampling=sampling)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_skip_writes_nothing_outside_the_output(device, sampling):
+    base = random_tensor((8, 64), device=device)
+    before = base.clone()
+    checked_skip(base[:, 5:37], _Wave(), sampling=sampling)
+    assert_same_bits(base, before)

@@ -12,6 +12,7 @@ from conftest import (
     add_dtype,
     add_inputs,
     along,
+    assert_positive_zero,
     assert_rounded_once,
     assert_same_bits,
     dtypes_id,
@@ -317,3 +318,377 @@ def test_add_op_refuses_other_mixtures(device, dtypes, on):
     x, residual, gamma = add_inputs((4, 3), dtypes, device if on == "device" else "meta")
     with pytest.raises(TypeError, match="dtype"):
         OPS.drop_path_add(x, residual, gamma, 0.5, True, True)
+
+
+# --- gather, scatter_add and its backward, draw_fixed ---
+
+# The samples that a row is taken from, of eight; -1 takes zeros. Ascending as they are drawn, and in any other order.
+INDICES = {
+    "some": [0, 3, 4, 7],
+    "one": [5],
+    "none": [-1],
+    "all": list(range(8)),
+    "shuffled": [6, 1, -1, 3],
+    "nothing": [],
+}
+
+
+def _index(name, device, size=8):
+    """The index and its inverse."""
+    index = torch.tensor(INDICES[name], dtype=torch.int64)
+    inverse = torch.full((size,), -1)
+    taken = index >= 0
+    inverse[index[taken]] = torch.arange(len(index))[taken]
+    return index.to(device), inverse.to(device)
+
+
+SKIP_LAYOUTS = {
+    "contiguous": lambda device, dtype: random_tensor((8, 3, 5), dtype, device),
+    "vectors": lambda device, dtype: random_tensor((8, 4, 16), dtype, device),
+    "channels_last": lambda device, dtype: random_tensor((8, 3, 2, 2), dtype, device).to(
+        memory_format=torch.channels_last
+    ),
+    "sequence_first": lambda device, dtype: random_tensor((3, 8, 5), dtype, device).transpose(0, 1),
+    "sliced": lambda device, dtype: random_tensor((8, 7, 5), dtype, device)[:, 1::2],
+    "expanded": lambda device, dtype: random_tensor((8, 1), dtype, device).expand(8, 6),
+    "one_dimensional": lambda device, dtype: random_tensor((8,), dtype, device),
+    "no_features": lambda device, dtype: random_tensor((8, 0), dtype, device),
+}
+
+
+def _rows_by_hand(x, index):
+    """One row after the other: what gather must give."""
+    rows = [x[i] if i >= 0 else torch.zeros_like(x[0]) for i in index.tolist()]
+    return torch.stack(rows) if rows else x[:0]
+
+
+def _nested_alike(a, b):
+    """Whether the dims that have a stride of their own nest alike in both."""
+    long = [dim for dim in range(a.dim()) if a.shape[dim] > 1 and b.shape[dim] > 1]
+    return sorted(long, key=a.stride) == sorted(long, key=b.stride)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", SKIP_LAYOUTS)
+@pytest.mark.parametrize("name", INDICES)
+def test_gather(device, dtype, layout, name):
+    """Copies, bit for bit, NaN included; the rows lie in memory as x does."""
+    x = SKIP_LAYOUTS[layout](device, dtype).clone()
+    if x.numel():
+        x[(0,) * x.dim()] = float("nan")
+    index, inverse = _index(name, device)
+    out = OPS.gather(x, index, inverse)
+    assert_same_bits(out, _rows_by_hand(x, index))
+    assert out.untyped_storage().data_ptr() != x.untyped_storage().data_ptr() or not out.numel()
+    if x.numel() and out.numel():
+        assert _nested_alike(out, x)
+
+
+@pytest.mark.parametrize("layout", SKIP_LAYOUTS)
+@pytest.mark.parametrize("name", INDICES)
+def test_gather_backward_is_a_gather(device, layout, name):
+    x = SKIP_LAYOUTS[layout](device, torch.float32).requires_grad_()
+    index, inverse = _index(name, device)
+    out = OPS.gather(x, index, inverse)
+    grad = random_tensor(out.shape, device=device, seed=3)
+    (grad_x,) = torch.autograd.grad(out, x, grad)
+    expected = torch.zeros_like(x).detach()
+    for row, sample in enumerate(index.tolist()):
+        if sample >= 0:
+            expected[sample] = grad[row]
+    assert_same_bits(grad_x, expected)
+
+
+@pytest.mark.parametrize("name", ["some", "none", "shuffled", "nothing"])
+def test_gather_gradcheck(device, name):
+    x = random_tensor((8, 3), torch.float64, device).requires_grad_()
+    index, inverse = _index(name, device)
+    assert torch.autograd.gradcheck(lambda t: OPS.gather(t, index, inverse), x)
+    assert torch.autograd.gradgradcheck(lambda t: OPS.gather(t, index, inverse), x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sequence_first", "sliced"])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck_gather(device, dtype, layout, requires_grad):
+    for name in ("some", "shuffled") if dtype is torch.float32 else ("some",):
+        x = SKIP_LAYOUTS[layout](device, dtype).requires_grad_(requires_grad)
+        torch.library.opcheck(OPS.gather.default, (x, *_index(name, device)), test_utils=ALL_CHECKS)
+
+
+def _scatter_case(layout, dtypes, device, name):
+    """y with a row for each entry of the index, residual, gamma, slots, kept; "every" has a row for each sample."""
+    residual = SKIP_LAYOUTS[layout](device, dtypes[1])
+    if name == "every":
+        slots = kept = torch.empty(0, dtype=torch.int64, device=device)
+    else:
+        kept, slots = _index(name, device)
+    like = SKIP_LAYOUTS[layout](device, dtypes[0])
+    y = same_layout(like)[: 8 if name == "every" else len(kept)]
+    gamma = None
+    if dtypes[2] is not None and residual.dim() > 1:
+        dim = 1 if layout == "channels_last" else residual.dim() - 1
+        gamma = along(dim, random_tensor((residual.shape[dim],), dtypes[2], device, seed=2), residual.dim())
+    return y, residual, gamma, slots, kept
+
+
+def _branch_by_hand(y, residual, slots):
+    """Which samples have a row, and the rows where they have one."""
+    if not len(slots):
+        return torch.ones(len(residual), dtype=torch.bool, device=y.device), y
+    return slots >= 0, _rows_by_hand(y, slots) if len(y) else torch.zeros_like(residual, dtype=y.dtype)
+
+
+SCATTER_INDICES = [name for name in INDICES if name != "nothing"] + ["every"]
+SCATTER_CASES = [("contiguous", dtypes) for dtypes in FUSED_ADD_DTYPES if dtypes not in FEW_ADD_DTYPES]
+SCATTER_CASES += list(product(SKIP_LAYOUTS, FEW_ADD_DTYPES))
+
+
+@pytest.mark.parametrize(("layout", "dtypes"), SCATTER_CASES, ids=_case_id)
+@pytest.mark.parametrize("name", SCATTER_INDICES)
+def test_scatter_add(device, layout, dtypes, name):
+    """Rounded once, in the layout of the residual; bit for bit the residual where there is no row."""
+    y, residual, gamma, slots, kept = _scatter_case(layout, dtypes, device, name)
+    out = OPS.scatter_add(y, residual, gamma, slots, kept, 1.7)
+    keep, branch = _branch_by_hand(y, residual, slots)
+    assert out.dtype == add_dtype(branch, residual, gamma)
+    assert_rounded_once(out, *exact_add(branch, residual, gamma, keep, 1.7))
+    assert_same_bits(out[~keep], residual[~keep].to(out.dtype))
+    assert out.stride() == torch.empty_like(residual).stride()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [float("nan"), -0.0, float("inf")])
+@pytest.mark.parametrize("with_gamma", [False, True])
+def test_scatter_add_reads_no_row_that_is_not_added(device, dtype, value, with_gamma):
+    """The row of kept == -1 may hold anything, gamma and the residual of dropped samples as well."""
+    y, residual, gamma, slots, kept = _scatter_case("contiguous", (dtype,) * 3, device, "shuffled")
+    y[kept < 0] = value
+    residual[slots < 0] = value
+    out = OPS.scatter_add(y, residual, gamma if with_gamma else None, slots, kept, 2.0)
+    assert out[slots >= 0].isfinite().all()
+    assert_same_bits(out[slots < 0], residual[slots < 0])
+    none = torch.full((8,), -1, device=device)
+    gamma = torch.full_like(gamma, value) if with_gamma else None
+    assert_same_bits(OPS.scatter_add(y[:1], residual, gamma, none, none[:1], 2.0), residual)
+
+
+@pytest.mark.parametrize(("layout", "dtypes"), SCATTER_CASES, ids=_case_id)
+@pytest.mark.parametrize("name", SCATTER_INDICES)
+@pytest.mark.parametrize("output_mask", OUTPUT_MASKS)
+def test_scatter_add_backward(device, layout, dtypes, name, output_mask):
+    y, residual, gamma, slots, kept = _scatter_case(layout, dtypes, device, name)
+    output_mask = (output_mask[0], output_mask[1] and gamma is not None)
+    grad = same_layout(residual, add_dtype(y[:1], residual, gamma), seed=3)
+    grad_y, grad_gamma = OPS.scatter_add_backward(
+        grad, y if output_mask[1] else None, gamma, slots, kept, 1.7, dtypes[0], output_mask
+    )
+    index = torch.arange(8, device=device) if name == "every" else kept
+    rows = _rows_by_hand(grad, index).double() * 1.7
+    if output_mask[0]:
+        assert (grad_y.dtype, grad_y.shape) == (dtypes[0], y.shape)
+        exact = rows if gamma is None else zero_dropped(rows * gamma.double(), index >= 0)
+        assert_rounded_once(grad_y, exact, exact.abs())
+        assert_positive_zero(grad_y[index < 0])
+    else:
+        assert grad_y.shape == (0,)
+    if output_mask[1]:
+        terms = rows * zero_dropped(y.double(), index >= 0)
+        assert (grad_gamma.dtype, grad_gamma.shape) == (gamma.dtype, gamma.shape)
+        assert_rounded_once(grad_gamma, terms.sum_to_size(gamma.shape), terms.abs().sum_to_size(gamma.shape))
+    else:
+        assert grad_gamma.shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_scatter_add_backward_of_a_row_that_is_not_added(device, dtype, value):
+    """+0, and nothing of it in gamma's gradient, whatever y, gamma and the gradients of dropped samples hold."""
+    y, residual, gamma, slots, kept = _scatter_case("contiguous", (dtype,) * 3, device, "shuffled")
+    grad = random_tensor(residual.shape, dtype, device, seed=3)
+    y[kept < 0] = value
+    grad[slots < 0] = value
+    grad_y, grad_gamma = OPS.scatter_add_backward(grad, y, gamma, slots, kept, 2.0, dtype, (True, True))
+    assert_positive_zero(grad_y[kept < 0])
+    assert grad_y.isfinite().all()
+    assert grad_gamma.isfinite().all()
+    none = torch.full((8,), -1, device=device)
+    gamma = torch.full_like(gamma, value)
+    for result in OPS.scatter_add_backward(grad, y[:1], gamma, none, none[:1], 2.0, dtype, (True, True)):
+        assert_positive_zero(result)
+
+
+@pytest.mark.parametrize("with_gamma", [False, True])
+@pytest.mark.parametrize("name", SCATTER_INDICES)
+@pytest.mark.parametrize("requires_grad", list(product([False, True], repeat=3)))
+def test_scatter_add_gradcheck(device, with_gamma, name, requires_grad):
+    dtypes = (torch.float64,) * 3
+    y, residual, gamma, slots, kept = _scatter_case("contiguous", dtypes, device, name)
+    tensors = [t.clone().requires_grad_(r) for t, r in zip((y, residual, gamma), requires_grad, strict=True)]
+    inputs = tensors if with_gamma else [*tensors[:2], None]
+    if not any(t is not None and t.requires_grad for t in inputs):
+        assert not OPS.scatter_add(*inputs, slots, kept, 1.7).requires_grad
+        return
+    assert torch.autograd.gradcheck(lambda *t: OPS.scatter_add(*t, slots, kept, 1.7), inputs)
+    assert torch.autograd.gradgradcheck(lambda *t: OPS.scatter_add(*t, slots, kept, 1.7), inputs)
+
+
+@pytest.mark.parametrize("name", ["some", "shuffled", "every"])
+@pytest.mark.parametrize("output_mask", OUTPUT_MASKS[:3])
+def test_scatter_add_backward_gradcheck(device, name, output_mask):
+    y, residual, gamma, slots, kept = _scatter_case("contiguous", (torch.float64,) * 3, device, name)
+    inputs = [t.clone().requires_grad_() for t in (residual, y, gamma)]
+
+    def function(*tensors):
+        outs = OPS.scatter_add_backward(*tensors, slots, kept, 1.7, torch.float64, output_mask)
+        return tuple(out for out in outs if out.requires_grad)
+
+    assert len(function(*inputs)) == sum(output_mask)
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
+@pytest.mark.parametrize(("layout", "dtypes"), SCATTER_CASES, ids=_case_id)
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck_scatter_add(device, layout, dtypes, requires_grad):
+    for name in ("some", "every") if layout == "contiguous" else ("some",):
+        args = _scatter_case(layout, dtypes, device, name)
+        args = [*(t if t is None else t.clone().requires_grad_(requires_grad) for t in args[:3]), *args[3:], 1.7]
+        torch.library.opcheck(OPS.scatter_add.default, tuple(args), test_utils=ALL_CHECKS)
+
+
+@pytest.mark.parametrize(("layout", "dtypes"), SCATTER_CASES, ids=_case_id)
+def test_opcheck_scatter_add_backward(device, layout, dtypes):
+    y, residual, gamma, slots, kept = _scatter_case(layout, dtypes, device, "some")
+    grad = same_layout(residual, add_dtype(y[:1], residual, gamma), seed=3)
+    args = (grad, y, gamma, slots, kept, 1.7, dtypes[0], (True, gamma is not None))
+    torch.library.opcheck(OPS.scatter_add_backward.default, args, test_utils=ALL_CHECKS)
+
+
+@pytest.mark.parametrize("size", [1, 8])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int64])
+def test_opcheck_draw_fixed(device, size, dtype):
+    """Of x only the number of samples and the device matter."""
+    x = torch.zeros(8, 3, dtype=dtype, device=device)
+    checks = ALL_CHECKS if size == 8 else ONE_RUN_CHECKS
+    torch.library.opcheck(OPS.draw_fixed.default, (x, size), test_utils=checks)
+
+
+@pytest.mark.parametrize("layout", SKIP_LAYOUTS)
+@pytest.mark.parametrize("name", INDICES)
+def test_skip_meta_tensors(layout, name):
+    """Shapes, strides and dtypes without data: what fake tensors and exporters rely on."""
+    x = SKIP_LAYOUTS[layout]("cpu", torch.bfloat16)
+    index, inverse = _index(name, "cpu")
+    meta_index, meta_inverse = index.to("meta"), inverse.to("meta")
+    real = OPS.gather(x, index, inverse)
+    x_meta = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+    rows = OPS.gather(x_meta, meta_index, meta_inverse)
+    assert (rows.device.type, rows.shape, rows.dtype) == ("meta", real.shape, real.dtype)
+    assert not real.numel() or rows.stride() == real.stride()
+    if name == "nothing":
+        return
+    out = OPS.scatter_add(rows, x_meta, None, meta_inverse, meta_index, 2.0)
+    assert (out.shape, out.dtype) == (x.shape, x.dtype)
+    assert out.stride() == torch.empty_like(x_meta).stride()
+    grad_y, grad_gamma = OPS.scatter_add_backward(
+        out, None, None, meta_inverse, meta_index, 2.0, torch.bfloat16, (True, False)
+    )
+    assert (grad_y.shape, grad_gamma.shape) == (rows.shape, (0,))
+    slots, kept = OPS.draw_fixed(x_meta, 3)
+    assert (slots.shape, kept.shape, slots.dtype, kept.dtype) == ((8,), (3,), torch.int64, torch.int64)
+    assert slots.device.type == kept.device.type == "meta"
+
+
+def _ones(*shape, dtype=torch.float32, on="cpu"):
+    return torch.ones(*shape, dtype=dtype, device=on)
+
+
+def _gather_call(on, **changes):
+    """A call that is right, but for the changes."""
+    index, inverse = (t.to(on) for t in _index("some", "cpu"))
+    return OPS.gather(*({"x": _ones(8, 3, on=on), "index": index, "inverse": inverse} | changes).values())
+
+
+def _scatter_call(on, **changes):
+    kept, slots = (t.to(on) for t in _index("some", "cpu"))
+    args = {"y": _ones(4, 3, on=on), "residual": _ones(8, 3, on=on), "gamma": _ones(3, on=on)}
+    return OPS.scatter_add(*(args | {"slots": slots, "kept": kept, "scale": 2.0} | changes).values())
+
+
+def _scatter_backward_call(on, **changes):
+    kept, slots = (t.to(on) for t in _index("some", "cpu"))
+    args = {"grad": _ones(8, 3, on=on), "y": _ones(4, 3, on=on), "gamma": _ones(3, on=on), "slots": slots, "kept": kept}
+    args |= {"scale": 2.0, "dtype": torch.float32, "output_mask": (True, True)}
+    return OPS.scatter_add_backward(*(args | changes).values())
+
+
+@pytest.mark.parametrize("on", ["device", "meta"])
+def test_wrong_indices_are_refused(device, on):
+    """Read past their end they would be silent out-of-bounds accesses."""
+    on = device if on == "device" else torch.device("meta")
+    long = {"dtype": torch.int64, "on": on}
+    for call, index, inverse in (
+        (_gather_call, "index", "inverse"),
+        (_scatter_call, "kept", "slots"),
+        (_scatter_backward_call, "kept", "slots"),
+    ):
+        call(on)
+        for change in (
+            {inverse: _ones(7, **long)},
+            {inverse: _ones(9, **long)},
+            {inverse: _ones(8, dtype=torch.int32, on=on)},
+            {inverse: _ones(8, 1, **long)},
+            {index: _ones(4, on=on)},
+            {index: _ones(4, 1, **long)},
+            {index: _ones(4, dtype=torch.bool, on=on)},
+            {index: torch.tensor(1, device=on)},
+        ):
+            with pytest.raises((TypeError, ValueError, RuntimeError), match=r"index|samples"):
+                call(on, **change)
+
+
+@pytest.mark.parametrize("on", ["device", "meta"])
+def test_wrong_operands_of_scatter_add_are_refused(device, on):
+    on = device if on == "device" else torch.device("meta")
+    for call, name, changes in (
+        (_gather_call, "x", [_ones(8, 3, dtype=torch.int64, on=on), torch.tensor(1.0, device=on)]),
+        (_scatter_call, "y", [_ones(3, 3, on=on), _ones(4, 2, on=on), _ones(4, 3, 1, on=on)]),
+        (_scatter_call, "residual", [_ones(8, 3, dtype=torch.int64, on=on), torch.tensor(1.0, device=on)]),
+        (_scatter_call, "gamma", [_ones(4, on=on), _ones(8, 3, on=on), _ones(3, dtype=torch.int64, on=on)]),
+        (_scatter_backward_call, "y", [_ones(3, 3, on=on), _ones(4, 2, on=on), None]),
+        (_scatter_backward_call, "gamma", [_ones(4, on=on), None]),
+        (_scatter_backward_call, "grad", [_ones(8, 3, dtype=torch.int64, on=on), torch.tensor(1.0, device=on)]),
+    ):
+        for wrong in changes:
+            # Of y and its index, either may be said to have the wrong number of rows.
+            with pytest.raises((TypeError, ValueError, RuntimeError), match=rf"\b{name}\b|index"):
+                call(on, **{name: wrong})
+
+
+@pytest.mark.parametrize("dtypes", [t for t in ALL_ADD_DTYPES if t not in FUSED_ADD_DTYPES], ids=dtypes_id)
+@pytest.mark.parametrize("on", ["device", "meta"])
+def test_scatter_add_op_refuses_other_mixtures(device, dtypes, on):
+    """No kernel is built for them: stochastic_depth itself computes them otherwise."""
+    on = device if on == "device" else torch.device("meta")
+    y, residual, gamma = add_inputs((8, 3), dtypes, on)
+    with pytest.raises(TypeError, match="dtype"):
+        _scatter_call(on, y=y[:4], residual=residual, gamma=gamma)
+
+
+def test_indices_that_point_nowhere_are_refused_on_the_host():
+    """The CPU can look; a GPU could not without waiting for itself."""
+    for wrong in (8, 100, -2, 2**40):
+        index = torch.tensor([0, wrong, 4, 7])
+        with pytest.raises((IndexError, ValueError, RuntimeError), match="index"):
+            _gather_call("cpu", index=index)
+
+
+@pytest.mark.parametrize("on", ["device", "meta"])
+def test_draw_fixed_of_a_wrong_count(device, on):
+    x = torch.ones(4, 3, device=device if on == "device" else "meta")
+    for count in (0, -1, 5):
+        with pytest.raises((ValueError, RuntimeError), match=f"count must be between 1 and the 4 samples.*{count}"):
+            OPS.draw_fixed(x, count)
+    with pytest.raises((ValueError, RuntimeError), match="0-dim"):
+        OPS.draw_fixed(x[0, 0], 1)

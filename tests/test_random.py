@@ -16,6 +16,7 @@ from conftest import (
     dtypes_id,
     generator_state,
     kept_samples,
+    philox,
     predict_keep,
     predicted_mask,
     random_tensor,
@@ -26,19 +27,6 @@ from conftest import (
 from droppath_ext import drop_path, drop_path_add, reference
 
 MASKS = ["fused", "composite"]
-
-
-def _philox(counter, key):
-    """Philox4x32-10 of Salmon et al. 2011 (doi:10.1145/2063384.2063405): counter uint32[n, 4], key (lo, hi)."""
-    c = [counter[:, i].astype(np.uint64) for i in range(4)]
-    k0, k1 = key
-    low = np.uint64(0xFFFFFFFF)
-    for _ in range(10):
-        p0, p1 = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
-        hi0, hi1 = p0 >> np.uint64(32), p1 >> np.uint64(32)
-        c = [hi1 ^ c[1] ^ np.uint64(k0), p1 & low, hi0 ^ c[3] ^ np.uint64(k1), p0 & low]
-        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
-    return np.stack(c, 1)
 
 
 def _draw(device, path, count, drop_prob, generator=None):
@@ -62,14 +50,14 @@ def _chi_square_2x2(a, b):
 def test_philox_known_answers():
     """Vectors published with Random123: they vouch for the function that the next test trusts."""
     zeros, ones = np.zeros((1, 4), np.uint32), np.full((1, 4), 0xFFFFFFFF, np.uint32)
-    assert _philox(zeros, (0, 0))[0].tolist() == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
-    assert _philox(ones, (0xFFFFFFFF, 0xFFFFFFFF))[0].tolist() == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
+    assert philox(zeros, (0, 0))[0].tolist() == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    assert philox(ones, (0xFFFFFFFF, 0xFFFFFFFF))[0].tolist() == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**32 + 5, 2**64 - 1])
 @pytest.mark.parametrize("offset", [0, 4, 2**35 + 8])
 @pytest.mark.parametrize("drop_prob", [0.25, 0.5, 0.9])
-def test_mask_is_philox(seed, offset, drop_prob):
+def test_mask_isphilox(seed, offset, drop_prob):
     """Sample b is kept iff r(seed, subsequence=b, offset) < keep_prob * 2**32.
 
     Generators count the offset in 32-bit numbers, Philox its counter in blocks of four.
@@ -77,7 +65,7 @@ def test_mask_is_philox(seed, offset, drop_prob):
     batch, block = 5000, offset // 4
     counter = np.zeros((batch, 4), np.uint64)
     counter[:, 0], counter[:, 1], counter[:, 2] = block & 0xFFFFFFFF, block >> 32, np.arange(batch)
-    r = _philox(counter, (seed & 0xFFFFFFFF, seed >> 32))[:, 0]
+    r = philox(counter, (seed & 0xFFFFFFFF, seed >> 32))[:, 0]
     expected = torch.from_numpy(r < (1 - drop_prob) * 2**32)
     assert torch.equal(predicted_mask(seed, offset, batch, drop_prob), expected)
 

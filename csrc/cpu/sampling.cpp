@@ -72,13 +72,14 @@ at::Tensor draw_keep_mask(const std::optional<at::Generator>& generator, int64_t
 
 std::tuple<at::Tensor, at::Tensor, int64_t> draw_bernoulli(int64_t size, double drop_prob, at::Device device,
                                                            const std::optional<at::Generator>& generator) {
-  const at::Tensor keep = draw_keep_mask(generator, size, drop_prob);
+  // The seed in a tensor: vmap then has its say about random numbers.
+  const at::Tensor seed = at::empty({}, at::kLong).random_(INT64_MIN, /*to=*/std::nullopt, generator);
+  const at::Tensor keep = draw_keep_mask(seed.item<int64_t>(), /*offset=*/0, size, drop_prob);
   const auto* is_kept = keep.const_data_ptr<bool>();
   const int64_t count = std::count(is_kept, is_kept + size, true);
   const int64_t rows = std::max<int64_t>(count, 1);
   // Both in one buffer, pinned: one copy to the device, for which nobody waits.
-  at::Tensor buffer =
-      at::empty({size + rows}, at::TensorOptions(at::kLong).pinned_memory(/*pinned_memory=*/device.is_cuda()));
+  at::Tensor buffer = at::detail::empty_cpu({size + rows}, at::kLong, /*pin_memory=*/device.is_cuda());
   auto* slots = buffer.mutable_data_ptr<int64_t>();
   slots[size] = kDropped;
   fill_slots(size, slots, slots + size, [&](int64_t sample) { return is_kept[sample]; });
