@@ -281,7 +281,9 @@ at::Tensor empty_samples(const at::Tensor& x, c10::SymInt samples, at::ScalarTyp
     is_expanded = is_expanded || stride == 0;
   }
   if (!is_expanded) {
-    std::stable_sort(dims.begin(), dims.end(), [&](int64_t a, int64_t b) { return x.sym_stride(a) > x.sym_stride(b); });
+    // The stride of a single sample means nothing.
+    const auto first = dims.begin() + (x.sym_size(0) == 1 ? 1 : 0);
+    std::stable_sort(first, dims.end(), [&](int64_t a, int64_t b) { return x.sym_stride(a) > x.sym_stride(b); });
   }
   at::SymDimVector strides(x.dim());
   c10::SymInt stride = 1;
@@ -307,7 +309,7 @@ namespace {
 std::optional<RowStrides> find_row_strides(const at::Tensor& x, const at::Tensor& out, const Rows& rows,
                                            bool is_gathered) {
   RowStrides strides{rows.length, rows.length * rows.samples};
-  if ((x.strides() == out.strides() && !is_gathered) || x.numel() == 0) {
+  if ((x.strides() == out.strides() && !is_gathered) || x.numel() == 0 || out.numel() == 0) {
     return strides;
   }
   const auto is_inner = [&](int64_t dim) { return out.stride(dim) < rows.length; };

@@ -290,29 +290,28 @@ void add_kept_to(const at::Tensor& out, const at::Tensor& residual, const at::Te
   });
 }
 
-// The backward of add_kept_to: writes the gradient of x, in the layout of grad and with `samples` samples, and returns
-// it and that of gamma; empty where output_mask does not ask for it.
-std::tuple<at::Tensor, at::Tensor> add_kept_backward(const at::Tensor& grad, const std::optional<at::Tensor>& x,
-                                                     const std::optional<at::Tensor>& gamma, const Sources& sources,
-                                                     int64_t entries, int64_t samples, double scale,
-                                                     at::ScalarType dtype, std::array<bool, 2> output_mask) {
+// The backward of add_kept_to: writes the gradient of x into grad_x, unless it is null, and returns that of gamma,
+// empty if nobody needs it.
+at::Tensor add_kept_backward(const at::Tensor* grad_x, const at::Tensor& grad, const std::optional<at::Tensor>& x,
+                             const std::optional<at::Tensor>& gamma, const Sources& sources, int64_t entries,
+                             double scale, at::ScalarType dtype, bool needs_gamma) {
   const bool is_gathered = sources.kind == Sources::kIndex;
   const auto options = grad.options().dtype(dtype);
-  at::Tensor grad_x = !output_mask[0] ? at::empty({0}, options)
-                      : is_gathered   ? empty_samples(grad, samples, dtype)
-                                      : at::empty_like(grad, options);
-  const bool sums = output_mask[1] && x->numel() != 0;
+  const bool sums = needs_gamma && x->numel() != 0;
   at::Tensor grad_gamma =
-      output_mask[1] && !sums ? at::zeros_like(*gamma, at::MemoryFormat::Contiguous) : at::empty({0}, options);
-  at::Tensor dense_grad, layout, dense_grad_x = grad_x;
+      needs_gamma && !sums ? at::zeros_like(*gamma, at::MemoryFormat::Contiguous) : at::empty({0}, options);
+  at::Tensor dense_grad, layout, spread_grad_x;
   if (sums) {
     dense_grad = is_gathered ? grad : dense_like(grad);
-    layout = output_mask[0] ? grad_x : is_gathered ? dense_like(*x) : dense_grad;
+    layout = grad_x != nullptr ? *grad_x : is_gathered ? dense_like(*x) : dense_grad;
     const Channels channels = find_channels(layout, gamma_dim(layout, *gamma));
     if (find_rows(layout, entries).length % (channels.inner * channels.count) != 0) {
       // A channel is spread over the samples, say in [B, C] stored as [C, B].
       layout = at::empty(layout.sizes(), options);
-      dense_grad_x = output_mask[0] ? layout : grad_x;
+      if (grad_x != nullptr) {
+        spread_grad_x = *grad_x;
+        grad_x = &layout;
+      }
     }
   }
   dispatch(dtype, [&](auto type) {
@@ -320,10 +319,9 @@ std::tuple<at::Tensor, at::Tensor> add_kept_backward(const at::Tensor& grad, con
     const auto run = [&](auto grad_type) {
       using TG = decltype(grad_type);
       if (sums) {
-        grad_gamma = backward_kept<TG, T>(output_mask[0] ? &dense_grad_x : nullptr, layout, dense_grad, *x, *gamma,
-                                          sources, entries, scale);
-      } else if (output_mask[0]) {
-        (gamma ? add_kept<T, void, TG, true> : add_kept<T, void, TG, false>)(grad_x, nullptr, grad,
+        grad_gamma = backward_kept<TG, T>(grad_x, layout, dense_grad, *x, *gamma, sources, entries, scale);
+      } else if (grad_x != nullptr) {
+        (gamma ? add_kept<T, void, TG, true> : add_kept<T, void, TG, false>)(*grad_x, nullptr, grad,
                                                                              gamma ? &*gamma : nullptr, sources,
                                                                              entries, scale);
       }
@@ -334,10 +332,10 @@ std::tuple<at::Tensor, at::Tensor> add_kept_backward(const at::Tensor& grad, con
       run(float());
     }
   });
-  if (!dense_grad_x.is_same(grad_x)) {
-    grad_x.copy_(dense_grad_x);
+  if (spread_grad_x.defined()) {
+    spread_grad_x.copy_(layout);
   }
-  return {std::move(grad_x), std::move(grad_gamma)};
+  return grad_gamma;
 }
 
 std::tuple<at::Tensor, at::Tensor> drop_path_cuda(const at::Tensor& x, double drop_prob, bool scale_by_keep,
@@ -383,8 +381,11 @@ std::tuple<at::Tensor, at::Tensor> drop_path_add_backward_cuda(const at::Tensor&
   check_add_backward_inputs(grad, x, gamma, keep, dtype, output_mask);
   const c10::cuda::CUDAGuard guard(grad.device());
   const at::Tensor dense_keep = keep.contiguous();
-  return add_kept_backward(grad, x, gamma, saved_mask(dense_keep), keep.numel(), grad.size(0), scale, dtype,
-                           output_mask);
+  const auto options = grad.options().dtype(dtype);
+  at::Tensor grad_x = output_mask[0] ? at::empty_like(grad, options) : at::empty({0}, options);
+  at::Tensor grad_gamma = add_kept_backward(output_mask[0] ? &grad_x : nullptr, grad, x, gamma, saved_mask(dense_keep),
+                                            keep.numel(), scale, dtype, output_mask[1]);
+  return {std::move(grad_x), std::move(grad_gamma)};
 }
 
 at::Tensor gather_cuda(const at::Tensor& x, const at::Tensor& index, const at::Tensor& inverse) {
@@ -417,8 +418,12 @@ std::tuple<at::Tensor, at::Tensor> scatter_add_backward_cuda(const at::Tensor& g
   const c10::cuda::CUDAGuard guard(grad.device());
   const at::Tensor dense_kept = kept.contiguous();
   const bool gathers = is_gathered(slots, kept);
-  return add_kept_backward(grad, y, gamma, gathers ? indexed(dense_kept, grad.size(0)) : Sources{}, kept.numel(),
-                           gathers ? kept.size(0) : grad.size(0), scale, dtype, output_mask);
+  const Sources sources = gathers ? indexed(dense_kept, grad.size(0)) : Sources{};
+  at::Tensor grad_y = output_mask[0] ? empty_samples(grad, gathers ? kept.size(0) : grad.size(0), dtype)
+                                     : at::empty({0}, grad.options().dtype(dtype));
+  at::Tensor grad_gamma = add_kept_backward(output_mask[0] ? &grad_y : nullptr, grad, y, gamma, sources, kept.numel(),
+                                            scale, dtype, output_mask[1]);
+  return {std::move(grad_y), std::move(grad_gamma)};
 }
 
 std::tuple<at::Tensor, at::Tensor> draw_fixed_cuda(const at::Tensor& x, c10::SymInt count,

@@ -33,7 +33,8 @@ struct Sources {
     }
     if (kind == kIndex) {
       const int64_t source = index[sample];
-      return source < limit ? source : kDropped;  // a kernel cannot raise; it reads nothing that is not there
+      // A kernel cannot raise; it reads nothing that is not there.
+      return static_cast<uint64_t>(source) < static_cast<uint64_t>(limit) ? source : kDropped;
     }
     if (kind == kSavedMask) {
       return keep[sample] ? sample : kDropped;
