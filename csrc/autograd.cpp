@@ -175,7 +175,8 @@ struct GatherBackward final : torch::autograd::Node {
     if (!grad_rows.defined()) {
       return {grad_x};
     }
-    if (is_differentiated(grad_rows) || (grad_x.defined() && is_differentiated(grad_x))) {
+    // The ops below have derivatives, but no tangents.
+    if (is_dual(grad_rows) || (grad_x.defined() && is_dual(grad_x))) {
       const at::Tensor rows = gather_formula(grad_rows, inverse.get());
       return {grad_x.defined() ? at::add(grad_x, rows) : rows};
     }

@@ -979,6 +979,13 @@ def test_skip_vmap_with_one_subset_for_all(device, sampling):
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_skip_vmap_refuses_to_draw_unless_told_how(device, sampling):
+    function = torch.func.vmap(lambda t: stochastic_depth(t, torch.sin, 0.5, training=True, sampling=sampling))
+    with pytest.raises(RuntimeError, match="randomness"):
+        function(random_tensor((5, 16, 3), torch.float64, device))
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_skip_vmap_where_nothing_is_dropped(device, sampling):
     """No draw, so the default randomness="error" has nothing to object to."""
     x = random_tensor((5, 6, 3), torch.float64, device)

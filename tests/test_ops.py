@@ -349,6 +349,7 @@ SKIP_LAYOUTS = {
         memory_format=torch.channels_last
     ),
     "sequence_first": lambda device, dtype: random_tensor((3, 8, 5), dtype, device).transpose(0, 1),
+    "samples_in_the_middle": lambda device, dtype: random_tensor((3, 2, 8, 5), dtype, device).permute(2, 0, 1, 3),
     "sliced": lambda device, dtype: random_tensor((8, 7, 5), dtype, device)[:, 1::2],
     "expanded": lambda device, dtype: random_tensor((8, 1), dtype, device).expand(8, 6),
     "one_dimensional": lambda device, dtype: random_tensor((8,), dtype, device),
