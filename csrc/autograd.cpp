@@ -71,8 +71,10 @@ struct AddBackward : torch::autograd::Node {
   Saved gamma;  // for the gradient of x; that of gamma needs its shape and dtype, too
   double scale = 1;
   at::ScalarType dtype = at::kFloat;  // of x
+  bool is_addition = false;           // and nothing else
 
-  void save(const at::Tensor& x_input, const std::optional<at::Tensor>& gamma_input, double scale_input) {
+  void save(const at::Tensor& x_input, const std::optional<at::Tensor>& gamma_input, double scale_input,
+            bool keeps_all) {
     if (needs_graph(gamma_input)) {
       x = Saved(x_input);
     }
@@ -81,6 +83,7 @@ struct AddBackward : torch::autograd::Node {
     }
     scale = scale_input;
     dtype = x_input.scalar_type();
+    is_addition = keeps_all && !gamma_input && scale == 1.0;
   }
 
   void release_variables() override {
@@ -102,7 +105,9 @@ struct AddBackward : torch::autograd::Node {
     if (task_should_compute_output(kResidual)) {
       result[kResidual] = grad;  // the engine casts what is not of the input's dtype
     }
-    if (needs_x || needs_gamma) {
+    if (is_addition) {
+      result[kX] = grad;
+    } else if (needs_x || needs_gamma) {
       auto [grad_x, grad_gamma] =
           differentiate(grad, needs_gamma ? x.get_optional() : std::nullopt, {needs_x, needs_gamma});
       result[kX] = needs_x ? std::move(grad_x) : at::Tensor();
@@ -120,7 +125,6 @@ struct AddBackward : torch::autograd::Node {
 
 struct DropPathAddBackward final : AddBackward {
   Saved keep;  // without entries where nothing is dropped
-  bool has_mask = true;
 
   std::string name() const override { return "DropPathAddBackward"; }
 
@@ -129,9 +133,6 @@ struct DropPathAddBackward final : AddBackward {
 
   std::tuple<at::Tensor, at::Tensor> differentiate(const at::Tensor& grad, const std::optional<at::Tensor>& saved_x,
                                                    std::array<bool, 2> output_mask) override {
-    if (!has_mask && !gamma) {
-      return {grad, at::Tensor()};  // a plain addition
-    }
     return drop_path_add_backward(grad, saved_x, gamma.get_optional(), keep.get(), scale, dtype, output_mask);
   }
 };
@@ -251,9 +252,8 @@ std::tuple<at::Tensor, at::Tensor> drop_path_add_autograd(const at::Tensor& x, c
     return drop_path_add(x, residual, gamma, drop_prob, scale_by_keep, per_sample, generator);
   }();
   if (node) {
-    node->save(x, gamma, keep_scale(drop_prob, scale_by_keep));
+    node->save(x, gamma, keep_scale(drop_prob, scale_by_keep), /*keeps_all=*/drop_prob == 0.0);
     node->keep = Saved(std::get<1>(result));
-    node->has_mask = drop_prob != 0.0;
     set_outputs(node, std::get<0>(result));
   }
   return result;
@@ -303,7 +303,7 @@ at::Tensor scatter_add_autograd(const at::Tensor& y, const at::Tensor& residual,
     return scatter_add(y, residual, gamma, slots, kept, scale);
   }();
   if (node) {
-    node->save(y, gamma, scale);
+    node->save(y, gamma, scale, /*keeps_all=*/!is_gathered(slots, kept));
     node->slots = Saved(slots);
     node->kept = Saved(kept);
     set_outputs(node, out);

@@ -151,14 +151,15 @@ void check_keep(const at::Tensor& keep, const at::Tensor& x, bool may_be_empty) 
                     keep.sym_sizes());
 }
 
-void check_index(const at::Tensor& index, const at::Tensor& inverse, const at::Tensor& x) {
-  for (const at::Tensor* tensor : {&index, &inverse}) {
-    TORCH_CHECK_TYPE(tensor->scalar_type() == at::kLong, "an index must be int64, but got ",
+void check_index(const at::Tensor& index, const char* index_name, const at::Tensor& inverse, const char* inverse_name,
+                 const at::Tensor& x) {
+  for (const auto& [tensor, name] : {std::pair(&index, index_name), std::pair(&inverse, inverse_name)}) {
+    TORCH_CHECK_TYPE(tensor->scalar_type() == at::kLong, name, " must be int64, but got ",
                      c10::getDtypeNames(tensor->scalar_type()).first);
-    TORCH_CHECK_VALUE(tensor->dim() == 1, "an index must have one dimension, but got shape ", tensor->sym_sizes());
-    check_device(*tensor, "an index", x);
+    TORCH_CHECK_VALUE(tensor->dim() == 1, name, " must have one dimension, but got shape ", tensor->sym_sizes());
+    check_device(*tensor, name, x);
   }
-  TORCH_CHECK_VALUE(inverse.sym_size(0) == x.sym_size(0), "the inverse of the index must have one entry for each of ",
+  TORCH_CHECK_VALUE(inverse.sym_size(0) == x.sym_size(0), inverse_name, " must have one entry for each of ",
                     x.sym_size(0), " samples, but got ", inverse.sym_size(0));
 }
 
@@ -221,7 +222,7 @@ void check_scatter_add_inputs(const at::Tensor& y, const at::Tensor& residual, c
                               const at::Tensor& slots, const at::Tensor& kept) {
   check_operands(y, "y", residual, gamma);
   if (is_gathered(slots, kept)) {
-    check_index(slots, kept, y);
+    check_index(slots, "slots", kept, "kept", y);
     TORCH_CHECK_VALUE(slots.sym_size(0) == residual.sym_size(0), "slots must have one entry for each of ",
                       residual.sym_size(0), " samples of residual, but got ", slots.sym_size(0));
   } else {
@@ -251,7 +252,7 @@ void check_scatter_add_backward_inputs(const at::Tensor& grad, const std::option
   check_input(grad, "grad");
   at::SymDimVector sizes(grad.sym_sizes());
   if (is_gathered(slots, kept)) {
-    check_index(kept, slots, grad);
+    check_index(kept, "kept", slots, "slots", grad);
     sizes[0] = kept.sym_size(0);
   }
   check_backward_operands(grad, y, "y", sizes, gamma, dtype, output_mask);
@@ -414,7 +415,7 @@ std::tuple<at::Tensor, at::Tensor> drop_path_add_backward_meta(const at::Tensor&
 
 at::Tensor gather_meta(const at::Tensor& x, const at::Tensor& index, const at::Tensor& inverse) {
   check_input(x, "x");
-  check_index(index, inverse, x);
+  check_index(index, "index", inverse, "inverse", x);
   return empty_samples(x, index.sym_size(0), x.scalar_type());
 }
 

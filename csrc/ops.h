@@ -44,7 +44,8 @@ void check_input(const at::Tensor& x, const char* name);
 void check_drop_prob(double drop_prob);
 void check_count(const at::Tensor& x, const c10::SymInt& count);
 void check_keep(const at::Tensor& keep, const at::Tensor& x, bool may_be_empty = false);
-void check_index(const at::Tensor& index, const at::Tensor& inverse, const at::Tensor& x);
+void check_index(const at::Tensor& index, const char* index_name, const at::Tensor& inverse, const char* inverse_name,
+                 const at::Tensor& x);
 void check_add_inputs(const at::Tensor& x, const at::Tensor& residual, const std::optional<at::Tensor>& gamma);
 void check_scatter_add_inputs(const at::Tensor& y, const at::Tensor& residual, const std::optional<at::Tensor>& gamma,
                               const at::Tensor& slots, const at::Tensor& kept);

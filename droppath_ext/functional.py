@@ -1,6 +1,7 @@
 """The public functions: arguments are checked and the path is chosen here."""
 
 import functools
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -167,13 +168,14 @@ def stochastic_depth(
     samples alone, attention across samples sees only them, and so does the routing of a mixture of experts with a
     capacity.
 
-    Where nothing can be dropped (``drop_prob=0`` or not ``training``) the branch gets x itself, and the result is
-    ``x + gamma * branch(x, *batched)``.
+    Where nothing is dropped (``drop_prob=0``, not ``training``, or by luck) the branch gets x itself, and the result is
+    ``x + gamma * branch(x, *batched)``, scaled.
 
     Args:
-        x: Tensor [B, ...] of float16, bfloat16, float32 or float64, of any layout; dim 0 counts the samples.
+        x: Tensor [B, ...] of float16, bfloat16, float32 or float64, of any layout; dim 0 counts the samples. Neither a
+            DTensor nor a nested tensor.
         branch: Called once, as ``branch(rows, *batched_rows)`` with the K kept samples, [K, ...]. Returns a tensor of
-            that shape, of any such dtype and layout.
+            that shape, of any such dtype and layout. It must not write to its input, nor to x.
         drop_prob: Probability p in [0, 1] that a sample is dropped.
         training: If False, nothing is dropped.
         scale_by_keep: Scale the branch by 1 / keep probability, so that its expectation is gamma * branch(x).
@@ -183,7 +185,7 @@ def stochastic_depth(
         sampling: How the kept samples are drawn.
             "bernoulli": for each sample by itself, as ``drop_path`` does, on the host: K is known without waiting for
             the device, and varies. If all samples are dropped the branch still runs, on the first one, and counts for
-            nothing: every parameter gets a gradient, zero then, as distributed training needs.
+            nothing: every parameter gets a gradient, zero if the branch is finite there, as distributed training needs.
             "fixed": K = max(1, round(B * (1 - p))) distinct samples, drawn on the device of x, scaled by B / K. Nothing
             depends on the host, so CUDA graphs capture it, and shapes are static. The effective drop rate is 1 - K / B,
             never 1 for p < 1; samples are not independent. With p = 1 all are dropped.
@@ -195,23 +197,26 @@ def stochastic_depth(
     Raises:
         ValueError: ``drop_prob`` is outside [0, 1], ``sampling`` is unknown, x is 0-dimensional, ``gamma`` does not
             broadcast along one dim of a sample, a tensor of ``batched`` has not B samples, the branch returns another
-            shape, or devices differ.
-        TypeError: A tensor is not of a floating-point dtype listed above, or an argument is no number or tensor.
-        RuntimeError: "bernoulli" while a CUDA graph is captured: use "fixed".
+            shape, the generator is of another device than the one that draws, or devices differ.
+        TypeError: A tensor is not of a floating-point dtype listed above, or an argument is of another type.
+        RuntimeError: The branch wrote to its input or to x; or "bernoulli" while a CUDA graph is captured: use "fixed".
 
-    Under ``torch.compile``, "fixed" is compiled whole; "bernoulli" breaks the graph once, where it draws, and what
-    follows is compiled for any K.
+    Under ``torch.compile``, "fixed" is compiled whole, anew for each B; "bernoulli" breaks the graph once, where it
+    draws, and what follows is compiled for any K. ``torch.func.vmap`` with ``randomness="different"`` needs "fixed".
 
     Source: Huang et al., "Deep Networks with Stochastic Depth", https://arxiv.org/abs/1603.09382; subsets of the batch:
     Oquab et al., "DINOv2", https://arxiv.org/abs/2304.07193.
     """
     check_drop_prob(drop_prob)
     check_sampling(sampling)
-    reference.check_input(x)
+    check_branch(branch)
+    _check_is_gathered(x)
     check_generator(generator, sampling, x)
     if gamma is not None:
         reference.check_gamma(gamma, x)
     _check_batched(batched, x)
+    if not is_compiling():
+        _warn_without_kernels(x)
     samples, scale = None, 1.0
     if training and drop_prob > 0.0 and x.shape[0] > 0:
         samples, scale = draw_samples(x, drop_prob, scale_by_keep, sampling, generator)
@@ -220,34 +225,33 @@ def stochastic_depth(
     else:
         rows, residual = _gather(x, samples)
         batched = [_gather(tensor, samples)[0] for tensor in batched]
+    versions = _versions(x, rows)
     y = branch(rows, *batched)
+    if _versions(x, rows) != versions:
+        raise RuntimeError("branch must not change its input or x in place: where nothing is dropped, its input is x")
     _check_output(y, rows)
     return _scatter_add(y, residual, gamma, samples, scale)
 
 
-def _gather(x: Tensor, samples: Samples) -> tuple[Tensor, Tensor]:
-    """The taken samples of x, and x: to be used in place of x where the gradients of both shall meet in one pass."""
-    if x.dtype not in reference.DTYPES:
-        return x.index_select(0, samples.taken), x
-    if not is_compiling():
-        pair = _C.gather(x, samples.taken, samples.slots)
-        if pair is not None:
-            return pair
-        _warn_without_kernels(x)
-    return reference.gather(x, samples.taken, samples.slots), x
+def check_branch(branch: Callable[..., Tensor]) -> None:
+    """Raise unless ``branch`` can be called."""
+    if not callable(branch):
+        raise TypeError(f"branch must be callable, but got {type(branch).__name__}")
 
 
-def _scatter_add(y: Tensor, residual: Tensor, gamma: Tensor | None, samples: Samples | None, scale: float) -> Tensor:
-    slots, kept = (None, None) if samples is None else (samples.slots, samples.kept)
-    if not is_compiling():
-        out = _C.scatter_add(y, residual, gamma, slots, kept, scale)
-        if out is not None:
-            return out
-        _warn_without_kernels(residual)
-    return reference.scatter_add(y, residual, gamma, slots, kept, scale)
+def _check_is_gathered(x: Tensor) -> None:
+    reference.check_input(x)
+    if x.is_nested:
+        raise TypeError("x must not be a nested tensor: its samples cannot be gathered")
+    # Nobody has a DTensor before its module is loaded, which takes a while.
+    distributed = None if is_compiling() else sys.modules.get("torch.distributed.tensor")
+    if distributed is not None and isinstance(x, distributed.DTensor):
+        raise TypeError("x must not be a DTensor: its samples cannot be gathered; use x.to_local()")
 
 
 def _check_batched(batched: Sequence[Tensor], x: Tensor) -> None:
+    if isinstance(batched, Tensor) or not isinstance(batched, Sequence):
+        raise TypeError(f"batched must be a sequence of tensors, but got {type(batched).__name__}")
     for i, tensor in enumerate(batched):
         name = f"batched[{i}]"
         if not isinstance(tensor, Tensor):
@@ -257,9 +261,28 @@ def _check_batched(batched: Sequence[Tensor], x: Tensor) -> None:
         reference.check_device(tensor, name, x)
 
 
+def _versions(*tensors: Tensor) -> list[int]:
+    """What in-place changes count up; nothing where nobody counts."""
+    return [] if is_compiling() else [tensor._version for tensor in tensors if not tensor.is_inference()]
+
+
 def _check_output(y: Tensor, rows: Tensor) -> None:
     name = "the output of branch"
     reference.check_dtype(y, name)
     reference.check_device(y, name, rows)
     if y.shape != rows.shape:
         raise ValueError(f"{name} must have the shape of its input, {list(rows.shape)}, but got {list(y.shape)}")
+
+
+def _gather(x: Tensor, samples: Samples) -> tuple[Tensor, Tensor]:
+    """The taken samples of x, and x: to be used in place of x where the gradients of both shall meet in one pass."""
+    if x.dtype not in reference.DTYPES:
+        return x.index_select(0, samples.taken), x
+    pair = None if is_compiling() else _C.gather(x, samples.taken, samples.slots)
+    return (reference.gather(x, samples.taken, samples.slots), x) if pair is None else pair
+
+
+def _scatter_add(y: Tensor, residual: Tensor, gamma: Tensor | None, samples: Samples | None, scale: float) -> Tensor:
+    slots, kept = (None, None) if samples is None else (samples.slots, samples.kept)
+    out = None if is_compiling() else _C.scatter_add(y, residual, gamma, slots, kept, scale)
+    return reference.scatter_add(y, residual, gamma, slots, kept, scale) if out is None else out

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from .functional import check_drop_prob, check_mode, drop_path, drop_path_add, stochastic_depth
+from .functional import check_branch, check_drop_prob, check_mode, drop_path, drop_path_add, stochastic_depth
 from .sampling import check_sampling
 
 
@@ -128,6 +128,7 @@ class StochasticDepth(LayerScaled):
         init_values: float | None = None,
         sampling: str = "bernoulli",
     ) -> None:
+        check_branch(branch)
         check_drop_prob(drop_prob)
         check_sampling(sampling)
         super().__init__(dim, init_values)

@@ -34,6 +34,8 @@ def check_generator(generator: Generator | None, sampling: str, x: Tensor) -> No
     """Raise unless ``generator`` is one of the device that draws."""
     if generator is None:
         return
+    if not isinstance(generator, Generator):
+        raise TypeError(f"generator must be a torch.Generator, but got {type(generator).__name__}")
     device = "cpu" if sampling == "bernoulli" else x.device.type
     if generator.device.type != device:
         where = "the host" if sampling == "bernoulli" else "the device of x"
@@ -52,49 +54,56 @@ def draw_samples(
     x: Tensor, drop_prob: float, scale_by_keep: bool, sampling: str, generator: Generator | None
 ) -> tuple[Samples | None, float]:
     """Draw which samples of x are kept, None for all of them; and the scale of the branch. x has samples."""
-    if sampling == "bernoulli":
-        scale = reference.keep_scale(drop_prob, scale_by_keep)
-        drawn = (_draw_bernoulli_between_graphs if is_compiling() else _draw_bernoulli)(x, drop_prob, generator)
-    else:
-        count = fixed_count(x.shape[0], drop_prob)
-        scale = x.shape[0] / count if scale_by_keep and count else 1.0
-        drawn = _draw_fixed(x, count, generator)
-    if drawn is None:
-        return None, scale
-    slots, kept = drawn
-    # Only one row may be that of a batch without kept samples, and nobody waits for the device to find out.
-    taken = kept if kept.shape[0] > 1 else kept.clamp(min=0)
-    return Samples(taken, kept, slots), scale
+    if sampling == "fixed":
+        return _draw_fixed(x, drop_prob, scale_by_keep, generator)
+    if is_compiling():
+        samples, scale = _draw_bernoulli_between_graphs(x, drop_prob, scale_by_keep, generator)
+        return samples, scale
+    samples, count = _draw_bernoulli(x, drop_prob, generator)
+    return samples if count < x.shape[0] else None, reference.keep_scale(drop_prob, scale_by_keep)
 
 
-Drawn = tuple[Tensor, Tensor] | None  # slots and kept of Samples; None if all samples are kept
-
-
-def _draw_bernoulli(x: Tensor, drop_prob: float, generator: Generator | None) -> Drawn:
+def _draw_bernoulli(x: Tensor, drop_prob: float, generator: Generator | None) -> tuple[Samples, int]:
+    """The samples, and how many are kept."""
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             'sampling="bernoulli" draws the number of kept samples on the host, which a CUDA graph cannot replay: '
             'capture with sampling="fixed"'
         )
     slots, kept, count = _C.draw_bernoulli(x.shape[0], drop_prob, x.device, generator)
-    return None if count == x.shape[0] else (slots, kept)
+    return _samples(slots, kept), count
 
 
 @torch.compiler.disable(reason="the number of kept samples is drawn on the host, and decides the shapes behind it")  # type: ignore[untyped-decorator]
-def _draw_bernoulli_between_graphs(x: Tensor, drop_prob: float, generator: Generator | None) -> Drawn:
-    """The same for a batch of any fate: what follows is compiled once for all numbers of kept samples but 1."""
-    slots, kept, _ = _C.draw_bernoulli(x.shape[0], drop_prob, x.device, generator)
-    torch._dynamo.maybe_mark_dynamic(kept, 0)
-    return slots, kept
+def _draw_bernoulli_between_graphs(
+    x: Tensor, drop_prob: float, scale_by_keep: bool, generator: Generator | None
+) -> tuple[Samples, float]:
+    """What follows is compiled once for all numbers of kept samples but 1, a whole batch included."""
+    samples, _ = _draw_bernoulli(x, drop_prob, generator)
+    torch._dynamo.maybe_mark_dynamic(samples.taken, 0)
+    torch._dynamo.maybe_mark_dynamic(samples.kept, 0)
+    return samples, reference.keep_scale(drop_prob, scale_by_keep)
 
 
-def _draw_fixed(x: Tensor, count: int, generator: Generator | None) -> Drawn:
+def _draw_fixed(
+    x: Tensor, drop_prob: float, scale_by_keep: bool, generator: Generator | None
+) -> tuple[Samples | None, float]:
     size = x.shape[0]
+    count = fixed_count(size, drop_prob)
+    scale = size / count if scale_by_keep and count else 1.0
     if count == size:
-        return None
+        return None, scale
     if count == 0:
         slots = torch.full((size,), -1, device=x.device)
-        return slots, slots[:1]
-    if not is_compiling() and _C.uses_fused_path(x):
-        return _C.draw_fixed(x, count, generator)
-    return reference.draw_fixed(x, count, generator)
+        kept = slots[:1]
+    elif not is_compiling() and _C.uses_fused_path(x):
+        slots, kept = _C.draw_fixed(x, count, generator)
+    else:
+        slots, kept = reference.draw_fixed(x, count, generator)
+    return _samples(slots, kept), scale
+
+
+def _samples(slots: Tensor, kept: Tensor) -> Samples:
+    # Only one row may be that of a batch without kept samples, and nobody waits for the device to find out.
+    taken = kept if kept.shape[0] > 1 else kept.clamp(min=0)
+    return Samples(taken, kept, slots)

@@ -463,6 +463,18 @@ def test_skip_bernoulli_does_not_recompile_for_each_count(device, backend, with_
     assert frames[-1] == frames[4], "later calls compile nothing"
 
 
+def test_skip_bernoulli_under_compile_with_a_schedule(device):
+    """A linear schedule has another drop_prob in each block: the graphs are shared all the same."""
+    counter = CompileCounterWithBackend("aot_eager")
+    blocks = [StochasticDepth(_mlp(), 0.6 * i / 11) for i in range(12)]
+    compiled = torch.compile(torch.nn.Sequential(*blocks).to(device), backend=counter)
+    x = random_tensor((16, 5, 6), device=device)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for _ in range(6):
+            compiled(x).sum().backward()
+    assert counter.frame_count < len(blocks)
+
+
 def test_skip_bernoulli_under_compile_with_few_samples(device):
     """All kept, one kept and all dropped come in turns: sizes 0 and 1 are what dynamic shapes specialise on."""
     counter = CompileCounterWithBackend("aot_eager")

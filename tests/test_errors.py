@@ -613,11 +613,36 @@ def test_skip_batched(device, drop_prob, training, sampling):
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("training", [True, False])
-def test_skip_batched_as_one_tensor(device, sampling, training):
-    """A tensor alone would be taken for a sequence of its rows."""
+def test_skip_batched_of_another_type(device, sampling, training):
+    """A tensor alone would be taken for a sequence of its rows, and an iterator is used up by the first look at it."""
     x = torch.ones(2, 3, device=device)
-    with pytest.raises((TypeError, ValueError), match="batched"):
-        stochastic_depth(x, _never, 0.5, training, batched=torch.ones(2, 5, device=device), sampling=sampling)
+    for batched, name in (
+        (torch.ones(2, 2, device=device), "Tensor"),
+        (iter([x]), "list_iterator"),
+        (None, "NoneType"),
+    ):
+        message = f"batched must be a sequence of tensors, but got {name}"
+        _skip_error(TypeError, message, x, 0.5, training, batched=batched, sampling=sampling)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("training", [True, False])
+def test_skip_arguments_of_another_type(device, sampling, training):
+    x = torch.ones(2, 3, device=device)
+    message = "generator must be a torch.Generator, but got int"
+    _skip_error(TypeError, message, x, 0.5, training, generator=3, sampling=sampling)
+    state = generator_state(device)
+    for call in (lambda: stochastic_depth(x, None, 0.5, training, sampling=sampling), lambda: StochasticDepth(None)):
+        with pytest.raises(TypeError, match="^branch must be callable, but got NoneType$"):
+            call()
+    assert torch.equal(generator_state(device), state)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_skip_of_samples_that_cannot_be_gathered(sampling):
+    nested = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(4, 3)], layout=torch.jagged)
+    message = "x must not be a nested tensor: its samples cannot be gathered"
+    _skip_error(TypeError, message, nested, 0.5, True, sampling=sampling)
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)

@@ -270,17 +270,30 @@ def test_any_callable_is_a_branch(device, kind, sampling):
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
-def test_a_branch_may_return_or_change_its_input(device, sampling):
-    """The rows are the branch's own, x is not."""
+def test_a_branch_may_return_its_input(device, sampling):
     x = random_tensor((10, 4), device=device)
     before = x.clone()
-    out = stochastic_depth(x, lambda rows: rows.mul_(3), 0.5, training=True, sampling=sampling)
-    assert_same_bits(x, before)
+    out = stochastic_depth(x, lambda rows: rows, 0.5, training=True, sampling=sampling)
     keep = added_samples(out, x)
     assert 0 < keep.sum() < 10
-    assert_near(out, skip_formula(x, x * 3, keep, 2.0))
+    assert_near(out, skip_formula(x, x, keep, 2.0))
     out.zero_()
     assert_same_bits(x, before)
+
+
+@pytest.mark.parametrize("drop_prob", [0.0, 0.5])
+@pytest.mark.parametrize("changed", ["input", "x"])
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_a_branch_must_not_change_its_input(device, drop_prob, changed, sampling):
+    """Its input is a copy or x, by luck: what it writes there would count or not."""
+    x = random_tensor((10, 4), device=device)
+
+    def branch(rows):
+        (rows if changed == "input" else x).mul_(3)
+        return rows + 1
+
+    with pytest.raises(RuntimeError, match="branch must not change its input or x in place"):
+        stochastic_depth(x, branch, drop_prob, training=True, sampling=sampling)
 
 
 @pytest.mark.parametrize("requiring", ["x", "parameters", "gamma", "bias", "nothing"])
@@ -607,6 +620,23 @@ def _saved(function):
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
     assert out.untyped_storage().data_ptr() not in storages
     return storages
+
+
+def test_where_nothing_is_dropped_the_gradient_is_handed_on(device):
+    """The first block of a linear schedule: a plain addition, whose backward computes nothing."""
+    x = random_tensor((8, 5), device=device).requires_grad_()
+    received = []
+
+    def branch(rows):
+        y = rows * 3
+        y.register_hook(received.append)
+        return y
+
+    out = stochastic_depth(x, branch, 0.0, training=True)
+    grad = random_tensor((8, 5), device=device, seed=3)
+    (grad_x,) = torch.autograd.grad(out, x, grad)
+    assert received[0].data_ptr() == grad.data_ptr()
+    assert_same_bits(grad_x, grad * 3 + grad)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

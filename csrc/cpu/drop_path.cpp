@@ -290,7 +290,7 @@ at::Tensor readable_index(const at::Tensor& index, int64_t samples) {
 
 at::Tensor gather_cpu(const at::Tensor& x, const at::Tensor& index, const at::Tensor& inverse) {
   check_input(x, "x");
-  check_index(index, inverse, x);
+  check_index(index, "index", inverse, "inverse", x);
   at::Tensor out = empty_samples(x, index.size(0), x.scalar_type());
   scale_kept(out, x, readable_index(index, x.size(0)), /*scale=*/1.0);
   return out;

@@ -390,7 +390,7 @@ std::tuple<at::Tensor, at::Tensor> drop_path_add_backward_cuda(const at::Tensor&
 
 at::Tensor gather_cuda(const at::Tensor& x, const at::Tensor& index, const at::Tensor& inverse) {
   check_input(x, "x");
-  check_index(index, inverse, x);
+  check_index(index, "index", inverse, "inverse", x);
   const c10::cuda::CUDAGuard guard(x.device());
   const at::Tensor dense_index = index.contiguous();
   at::Tensor out = empty_samples(x, index.size(0), x.scalar_type());
