@@ -210,7 +210,7 @@ def stochastic_depth(
     check_drop_prob(drop_prob)
     check_sampling(sampling)
     check_branch(branch)
-    _check_is_gathered(x)
+    _check_gatherable(x)
     check_generator(generator, sampling, x)
     if gamma is not None:
         reference.check_gamma(gamma, x)
@@ -239,7 +239,7 @@ def check_branch(branch: Callable[..., Tensor]) -> None:
         raise TypeError(f"branch must be callable, but got {type(branch).__name__}")
 
 
-def _check_is_gathered(x: Tensor) -> None:
+def _check_gatherable(x: Tensor) -> None:
     reference.check_input(x)
     if x.is_nested:
         raise TypeError("x must not be a nested tensor: its samples cannot be gathered")
