@@ -106,10 +106,11 @@ def run(
     batch: int | None,
     dtypes: Sequence[torch.dtype],
     ps: Sequence[float],
+    seconds: int | None,
 ) -> list[dict]:
     """One row for each op, dtype, p, activation and pass."""
     eager = eager_formulas()
-    budget_s = BUDGET_S[device.type] * (1 if quick else 2)
+    budget_s = seconds or BUDGET_S[device.type] * (1 if quick else 2)
     cases = list(product(ops, dtypes, ps, batches(activations, batch, device, quick)))
     task = progress.add_task("ops", total=len(cases))
     rows = []

@@ -87,6 +87,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     rows.add_argument("--batch", type=positive, metavar="N", help="samples of every activation or model, when measured")
     rows.add_argument("--steps", type=positive, metavar="N", help="skip, when measured: steps of each contestant")
+    rows.add_argument(
+        "--seconds", type=positive, metavar="N", help="ops, when measured: for each measurement, however many rounds"
+    )
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="under 3 minutes on 2 cores; the default on the CPU")
     size.add_argument("--full", action="store_true", help="full size on the CPU as well")
@@ -171,6 +174,7 @@ def measure(arguments: argparse.Namespace) -> dict:
                 batch=arguments.batch,
                 dtypes=[getattr(torch, name) for name in dtypes],
                 ps=list(ps),
+                seconds=arguments.seconds,
             )
         if "overhead" in parts:
             results["overhead"] = overhead.run(device, quick, progress)

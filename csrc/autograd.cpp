@@ -1,6 +1,7 @@
 // Derivatives: one graph node per forward op. The backward ops are differentiated through the formulas
 // below, in ATen: second derivatives are rare, and there the formulas' own derivatives are free.
 #include <ATen/DimVector.h>
+#include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/ops/add.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/index_select.h>
@@ -168,11 +169,12 @@ struct GatherBackward final : torch::autograd::Node {
     inverse.release();
   }
 
-  // Of the rows and, where it was handed through, of x.
+  // Of the rows and, where it was handed through, of x: into that one's own memory if nobody else has it, as the engine
+  // adds up gradients.
   variable_list apply(variable_list&& grads) override {
     const std::lock_guard<std::mutex> lock(mutex_);
     const at::Tensor& grad_rows = grads[0];
-    const at::Tensor grad_x = grads.size() > 1 ? grads[1] : at::Tensor();
+    at::Tensor grad_x = grads.size() > 1 ? std::move(grads[1]) : at::Tensor();
     if (!grad_rows.defined()) {
       return {grad_x};
     }
@@ -181,8 +183,21 @@ struct GatherBackward final : torch::autograd::Node {
       const at::Tensor rows = gather_formula(grad_rows, inverse.get());
       return {grad_x.defined() ? at::add(grad_x, rows) : rows};
     }
-    return {grad_x.defined() ? scatter_add(grad_rows, grad_x, std::nullopt, inverse.get(), index.get(), /*scale=*/1.0)
-                             : gather(grad_rows, inverse.get(), index.get())};
+    if (!grad_x.defined()) {
+      return {gather(grad_rows, inverse.get(), index.get())};
+    }
+    if (at::GradMode::is_enabled() || !is_ours_alone(grad_x)) {
+      return {scatter_add(grad_rows, grad_x, std::nullopt, inverse.get(), index.get(), /*scale=*/1.0)};
+    }
+    at::AutoDispatchBelowADInplaceOrView guard;
+    scatter_add_(grad_x, grad_rows, inverse.get(), index.get());
+    return {std::move(grad_x)};
+  }
+
+ private:
+  static bool is_ours_alone(const at::Tensor& grad) {
+    return grad.is_non_overlapping_and_dense() && grad.use_count() == 1 && grad.has_storage() &&
+           grad.storage().use_count() == 1 && !at::isTensorSubclassLike(grad);
   }
 };
 

@@ -30,6 +30,8 @@ TORCH_LIBRARY(droppath_ext, m) {
   // drop_path_add of samples that are elsewhere: out[b] = residual[b] + gamma * y[slots[b]] * scale, the residual where
   // the slot is -1. kept is the inverse of slots; both are empty where y has a row for each sample.
   m.def("scatter_add(Tensor y, Tensor residual, Tensor? gamma, Tensor slots, Tensor kept, float scale) -> Tensor");
+  // The same in place, residual[kept[k]] += y[k], for tensors of one dtype: what is dropped is not even read.
+  m.def("scatter_add_(Tensor(a!) residual, Tensor y, Tensor slots, Tensor kept) -> ()");
   m.def(
       "scatter_add_backward(Tensor grad, Tensor? y, Tensor? gamma, Tensor slots, Tensor kept, float scale,"
       " ScalarType dtype, bool[2] output_mask) -> (Tensor grad_y, Tensor grad_gamma)");
@@ -86,6 +88,11 @@ at::Tensor scatter_add(const at::Tensor& y, const at::Tensor& residual, const st
                        const at::Tensor& slots, const at::Tensor& kept, double scale) {
   static const auto op = find_op<decltype(scatter_add)>("droppath_ext::scatter_add");
   return op.call(y, residual, gamma, slots, kept, scale);
+}
+
+void scatter_add_(const at::Tensor& residual, const at::Tensor& y, const at::Tensor& slots, const at::Tensor& kept) {
+  static const auto op = find_op<decltype(scatter_add_)>("droppath_ext::scatter_add_");
+  op.call(residual, y, slots, kept);
 }
 
 std::tuple<at::Tensor, at::Tensor> scatter_add_backward(const at::Tensor& grad, const std::optional<at::Tensor>& y,
@@ -236,6 +243,15 @@ void check_scatter_add_inputs(const at::Tensor& y, const at::Tensor& residual, c
     gamma_dim(y, *gamma);
   }
   check_fused_mix(y, "y", residual, gamma, "stochastic_depth");
+}
+
+void check_scatter_add_inplace_inputs(const at::Tensor& residual, const at::Tensor& y, const at::Tensor& slots,
+                                      const at::Tensor& kept) {
+  check_scatter_add_inputs(y, residual, std::nullopt, slots, kept);
+  TORCH_CHECK_TYPE(residual.scalar_type() == y.scalar_type(), "residual must be of the dtype of y, ", y.scalar_type(),
+                   ", but got ", residual.scalar_type());
+  TORCH_CHECK_VALUE(residual.is_non_overlapping_and_dense(),
+                    "residual must be dense to be changed in place, but has strides ", residual.sym_strides());
 }
 
 void check_add_backward_inputs(const at::Tensor& grad, const std::optional<at::Tensor>& x,
@@ -425,6 +441,11 @@ at::Tensor scatter_add_meta(const at::Tensor& y, const at::Tensor& residual, con
   return at::empty_like(residual, residual.options().dtype(add_dtype(y, residual, gamma)));
 }
 
+void scatter_add_inplace_meta(const at::Tensor& residual, const at::Tensor& y, const at::Tensor& slots,
+                              const at::Tensor& kept) {
+  check_scatter_add_inplace_inputs(residual, y, slots, kept);
+}
+
 std::tuple<at::Tensor, at::Tensor> scatter_add_backward_meta(const at::Tensor& grad, const std::optional<at::Tensor>& y,
                                                              const std::optional<at::Tensor>& gamma,
                                                              const at::Tensor& slots, const at::Tensor& kept,
@@ -453,6 +474,7 @@ TORCH_LIBRARY_IMPL(droppath_ext, Meta, m) {
   m.impl("drop_path_add_backward", &drop_path_add_backward_meta);
   m.impl("gather", &gather_meta);
   m.impl("scatter_add", &scatter_add_meta);
+  m.impl("scatter_add_", &scatter_add_inplace_meta);
   m.impl("scatter_add_backward", &scatter_add_backward_meta);
   m.impl("draw_fixed", &draw_fixed_meta);
 }

@@ -27,6 +27,7 @@ std::tuple<at::Tensor, at::Tensor> drop_path_add_backward(const at::Tensor& grad
 at::Tensor gather(const at::Tensor& x, const at::Tensor& index, const at::Tensor& inverse);
 at::Tensor scatter_add(const at::Tensor& y, const at::Tensor& residual, const std::optional<at::Tensor>& gamma,
                        const at::Tensor& slots, const at::Tensor& kept, double scale);
+void scatter_add_(const at::Tensor& residual, const at::Tensor& y, const at::Tensor& slots, const at::Tensor& kept);
 std::tuple<at::Tensor, at::Tensor> scatter_add_backward(const at::Tensor& grad, const std::optional<at::Tensor>& y,
                                                         const std::optional<at::Tensor>& gamma, const at::Tensor& slots,
                                                         const at::Tensor& kept, double scale, at::ScalarType dtype,
@@ -49,6 +50,8 @@ void check_index(const at::Tensor& index, const char* index_name, const at::Tens
 void check_add_inputs(const at::Tensor& x, const at::Tensor& residual, const std::optional<at::Tensor>& gamma);
 void check_scatter_add_inputs(const at::Tensor& y, const at::Tensor& residual, const std::optional<at::Tensor>& gamma,
                               const at::Tensor& slots, const at::Tensor& kept);
+void check_scatter_add_inplace_inputs(const at::Tensor& residual, const at::Tensor& y, const at::Tensor& slots,
+                                      const at::Tensor& kept);
 void check_add_backward_inputs(const at::Tensor& grad, const std::optional<at::Tensor>& x,
                                const std::optional<at::Tensor>& gamma, const at::Tensor& keep, at::ScalarType dtype,
                                std::array<bool, 2> output_mask);

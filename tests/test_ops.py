@@ -385,6 +385,45 @@ def test_gather(device, dtype, layout, name):
         assert _nested_alike(out, x)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", [name for name in SKIP_LAYOUTS if name not in ("sliced", "expanded")])
+@pytest.mark.parametrize("name", INDICES)
+def test_scatter_add_in_place(device, dtype, layout, name):
+    """What scatter_add gives, in the residual's own memory; what is dropped stays as it is, NaN included."""
+    kept, slots = _index(name, device)
+    residual = SKIP_LAYOUTS[layout](device, dtype)
+    y = random_tensor((len(kept), *residual.shape[1:]), dtype, device, seed=1)
+    dropped = slots < 0
+    residual[dropped] = float("nan")
+    expected = OPS.scatter_add(y, residual, None, slots, kept, 1.0)
+    place = residual.data_ptr()
+    OPS.scatter_add_(residual, y, slots, kept)
+    assert residual.data_ptr() == place
+    assert_same_bits(residual, expected)
+
+
+def test_scatter_add_in_place_shared_by_threads(device):
+    kept = torch.arange(0, 40, 3, device=device)
+    slots = torch.full((40,), -1, device=device)
+    slots[kept] = torch.arange(len(kept), device=device)
+    residual, y = random_tensor((40, 5001), device=device), random_tensor((len(kept), 5001), device=device, seed=1)
+    expected = residual.clone()
+    expected[kept] += y
+    OPS.scatter_add_(residual, y, slots, kept)
+    assert_same_bits(residual, expected)
+
+
+@pytest.mark.parametrize("on", ["device", "meta"])
+def test_scatter_add_in_place_refuses_what_it_cannot_write(device, on):
+    on = device if on == "device" else torch.device("meta")
+    index = torch.arange(4, device=on)
+    y = torch.ones(4, 3, device=on)
+    with pytest.raises(ValueError, match="residual must be dense to be changed in place"):
+        OPS.scatter_add_(torch.ones(4, 6, device=on)[:, ::2], y, index, index)
+    with pytest.raises(TypeError, match="residual must be of the dtype of y"):
+        OPS.scatter_add_(torch.ones(4, 3, device=on), y.bfloat16(), index, index)
+
+
 @pytest.mark.parametrize("layout", SKIP_LAYOUTS)
 @pytest.mark.parametrize("name", INDICES)
 def test_gather_backward_is_a_gather(device, layout, name):
@@ -645,7 +684,7 @@ def test_wrong_indices_are_refused(device, on):
             {index: _ones(4, dtype=torch.bool, on=on)},
             {index: torch.tensor(1, device=on)},
         ):
-            with pytest.raises((TypeError, ValueError, RuntimeError), match=r"index|samples"):
+            with pytest.raises((TypeError, ValueError, RuntimeError), match=rf"^({index}|{inverse}) must "):
                 call(on, **change)
 
 
@@ -663,7 +702,7 @@ def test_wrong_operands_of_scatter_add_are_refused(device, on):
     ):
         for wrong in changes:
             # Of y and its index, either may be said to have the wrong number of rows.
-            with pytest.raises((TypeError, ValueError, RuntimeError), match=rf"\b{name}\b|index"):
+            with pytest.raises((TypeError, ValueError, RuntimeError), match=rf"\b{name}\b|kept must"):
                 call(on, **{name: wrong})
 
 

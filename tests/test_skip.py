@@ -622,6 +622,32 @@ def _saved(function):
     return storages
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("hooked", [False, True])
+def test_gradients_between_blocks_are_added_in_place(device, create_graph, hooked):
+    """The gradient that comes from the next block belongs to nobody else, unless somebody keeps it."""
+    x = random_tensor((12, 5), DOUBLE, device).requires_grad_()
+    middle = stochastic_depth(x, torch.sin, 0.5, training=True)
+    seen = []
+    if hooked:
+        middle.register_hook(seen.append)
+    out = stochastic_depth(middle, torch.cos, 0.5, training=True)
+    grad = random_tensor((12, 5), DOUBLE, device, seed=3)
+    before = grad.clone()
+    with torch.profiler.profile() as profile:
+        out.backward(grad, create_graph=create_graph)
+    assert_same_bits(grad, before)  # the caller's own
+    calls = [event.name for event in profile.events()]
+    assert calls.count("droppath_ext::scatter_add_") == int(not create_graph and not hooked)
+    first, last = added_samples(middle, x), added_samples(out, middle)
+    inner = (x + torch.where(first[:, None], 2 * x.sin(), 0.0)).detach().requires_grad_()
+    (grad_inner,) = torch.autograd.grad(inner + torch.where(last[:, None], 2 * inner.cos(), 0.0), inner, grad)
+    for kept in seen:
+        assert_near(kept.detach(), grad_inner)
+    expected = grad_inner * (1 + torch.where(first[:, None], 2 * x.detach().cos(), 0.0))
+    assert_near(x.grad.detach(), expected)
+
+
 def test_where_nothing_is_dropped_the_gradient_is_handed_on(device):
     """The first block of a linear schedule: a plain addition, whose backward computes nothing."""
     x = random_tensor((8, 5), device=device).requires_grad_()

@@ -43,7 +43,7 @@ Factors<F> make_factors(const at::Tensor& out, const std::optional<at::Tensor>& 
 }
 
 // For each sample: out = x[source] * factors (+ residual), or where it is dropped the residual or 0. `sources` is a
-// keep mask or an index. TR is void where there is no residual.
+// keep mask or an index. TR is void where there is no residual; the residual may be `out` itself.
 template <typename TO, typename TR, typename TX>
 void add_kept(const at::Tensor& out, const at::Tensor* residual, const at::Tensor& x,
               const std::optional<at::Tensor>& gamma, const at::Tensor& sources, double scale) {
@@ -53,7 +53,8 @@ void add_kept(const at::Tensor& out, const at::Tensor* residual, const at::Tenso
   const auto factors = make_factors<F>(out, gamma, scale);
   const Factors<F> one(1);
   const bool is_copy = !kHasResidual && std::is_same_v<TX, TO> && !gamma && scale == 1.0;
-  const Store store = store_of(out);
+  const bool in_place = kHasResidual && residual->is_same(out);
+  const Store store = in_place ? Store::kCached : store_of(out);
   const Input x_rows = with_rows(x, out, rows, is_index(sources));
   const auto* x_data = x_rows.tensor.const_data_ptr<TX>();
   auto* out_data = out.mutable_data_ptr<TO>();
@@ -63,7 +64,7 @@ void add_kept(const at::Tensor& out, const at::Tensor* residual, const at::Tenso
     residual_rows = with_rows(*residual, out, rows);
     residual_data = residual_rows.tensor.const_data_ptr<TR>();
   }
-  const RowCost cost = kHasResidual ? RowCost{3, 2} : RowCost{2, 1};
+  const RowCost cost = in_place ? RowCost{3, 0} : kHasResidual ? RowCost{3, 2} : RowCost{2, 1};
   parallel_rows(rows, Sources(sources), cost, [&](const RowPart& part) {
     const int64_t place = part.row * rows.length + part.column;
     TO* to = out_data + place;
@@ -78,6 +79,8 @@ void add_kept(const at::Tensor& out, const at::Tensor* residual, const at::Tenso
       } else {
         add_span<TO, TR, TX>(to, from, source, factors, place, part.size, store);
       }
+    } else if (in_place) {
+      // There already.
     } else if constexpr (std::is_void_v<TR> || std::is_same_v<TR, TO>) {
       fill_span(to, from, part.size * sizeof(TO), store);
     } else {
@@ -309,6 +312,13 @@ at::Tensor scatter_add_cpu(const at::Tensor& y, const at::Tensor& residual, cons
   return out;
 }
 
+void scatter_add_inplace_cpu(const at::Tensor& residual, const at::Tensor& y, const at::Tensor& slots,
+                             const at::Tensor& kept) {
+  check_scatter_add_inplace_inputs(residual, y, slots, kept);
+  add_kept_to(residual, residual, y, std::nullopt, sources_of(slots, y.size(0), is_gathered(slots, kept)),
+              /*scale=*/1.0);
+}
+
 std::tuple<at::Tensor, at::Tensor> scatter_add_backward_cpu(const at::Tensor& grad, const std::optional<at::Tensor>& y,
                                                             const std::optional<at::Tensor>& gamma,
                                                             const at::Tensor& slots, const at::Tensor& kept,
@@ -332,6 +342,7 @@ TORCH_LIBRARY_IMPL(droppath_ext, CPU, m) {
   m.impl("drop_path_add_backward", &drop_path_add_backward_cpu);
   m.impl("gather", &gather_cpu);
   m.impl("scatter_add", &scatter_add_cpu);
+  m.impl("scatter_add_", &scatter_add_inplace_cpu);
   m.impl("scatter_add_backward", &scatter_add_backward_cpu);
 }
 

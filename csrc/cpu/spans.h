@@ -40,7 +40,7 @@ class Factors {
 enum class Store { kCached, kStreamed };
 
 // out = x * factors (+ residual), n elements, the first of them at `place` in the memory of the whole output. Rounded
-// once. TR is void where there is no residual.
+// once. TR is void where there is no residual; the residual may be out itself.
 template <typename TO, typename TR, typename TX>
 void add_span(TO* out, const TR* residual, const TX* x, const Factors<at::opmath_type<TO>>& factors, int64_t place,
               int64_t n, Store store);

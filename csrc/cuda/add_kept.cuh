@@ -14,12 +14,12 @@ constexpr int kUnroll = std::is_void_v<TR> && !kHasGamma ? 4 : 2;
 
 // A block takes one tile. For each of the tile's rows it asks once for the source and notes where the row is to be
 // read; then each thread moves kUnroll vectors, all loaded before the first is used, so that enough reads are in flight
-// to cover the latency of memory. TR is void where there is no residual.
+// to cover the latency of memory. TR is void where there is no residual. If in_place, the residual is out itself, and
+// what is dropped stays as it is.
 template <typename TO, typename TR, typename TX, int kWidth, bool kHasGamma>
 __global__ void __launch_bounds__(kThreads)
-    add_kept_kernel(TO* __restrict__ out, const TR* __restrict__ residual, const TX* __restrict__ x, Sources sources,
-                    Gamma gamma, Rows rows, RowStrides strides, RowStrides residual_strides, Tiling tiling,
-                    Opmath<TO> scale) {
+    add_kept_kernel(TO* out, const TR* residual, const TX* __restrict__ x, Sources sources, Gamma gamma, Rows rows,
+                    RowStrides strides, RowStrides residual_strides, Tiling tiling, bool in_place, Opmath<TO> scale) {
   constexpr bool kHasResidual = !std::is_void_v<TR>;
   constexpr int kVectors = kUnroll<TR, kHasGamma>;
   using Residual = std::conditional_t<kHasResidual, TR, TO>;
@@ -58,7 +58,9 @@ __global__ void __launch_bounds__(kThreads)
         values[i] = load_vector<TX, kWidth>(x + offset + column);
       }
       if constexpr (kHasResidual) {
-        residuals[i] = load_vector<TR, kWidth>(residual + residual_offsets[row] + column);
+        if (is_kept[i] || !in_place) {
+          residuals[i] = load_vector<TR, kWidth>(residual + residual_offsets[row] + column);
+        }
       }
     }
   }
@@ -68,7 +70,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
     const int vector = threadIdx.x + i * kThreads;
-    if (vector < vectors) {
+    if (vector < vectors && (is_kept[i] || !in_place)) {
       Vector<TO, kWidth> result{};
       if constexpr (kHasResidual) {
 #pragma unroll

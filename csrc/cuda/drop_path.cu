@@ -88,7 +88,8 @@ void launch_add_kept(TO* out, const TR* residual, const TX* x, const Sources& so
     return;
   }
   add_kept_kernel<TO, TR, TX, kWidth, kHasGamma><<<blocks, kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
-      out, residual, x, sources, gamma, rows, strides, residual_strides, tiling, static_cast<Opmath<TO>>(scale));
+      out, residual, x, sources, gamma, rows, strides, residual_strides, tiling,
+      /*in_place=*/static_cast<const void*>(out) == residual, static_cast<Opmath<TO>>(scale));
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
@@ -409,6 +410,15 @@ at::Tensor scatter_add_cuda(const at::Tensor& y, const at::Tensor& residual, con
   return out;
 }
 
+void scatter_add_inplace_cuda(const at::Tensor& residual, const at::Tensor& y, const at::Tensor& slots,
+                              const at::Tensor& kept) {
+  check_scatter_add_inplace_inputs(residual, y, slots, kept);
+  const c10::cuda::CUDAGuard guard(y.device());
+  const at::Tensor dense_slots = slots.contiguous();
+  const Sources sources = is_gathered(slots, kept) ? indexed(dense_slots, y.size(0)) : Sources{};
+  add_kept_to(residual, residual, y, std::nullopt, sources, slots.numel(), /*scale=*/1.0);
+}
+
 std::tuple<at::Tensor, at::Tensor> scatter_add_backward_cuda(const at::Tensor& grad, const std::optional<at::Tensor>& y,
                                                              const std::optional<at::Tensor>& gamma,
                                                              const at::Tensor& slots, const at::Tensor& kept,
@@ -450,6 +460,7 @@ TORCH_LIBRARY_IMPL(droppath_ext, CUDA, m) {
   m.impl("drop_path_add_backward", &drop_path_add_backward_cuda);
   m.impl("gather", &gather_cuda);
   m.impl("scatter_add", &scatter_add_cuda);
+  m.impl("scatter_add_", &scatter_add_inplace_cuda);
   m.impl("scatter_add_backward", &scatter_add_backward_cuda);
   m.impl("draw_fixed", &draw_fixed_cuda);
 }
