@@ -207,6 +207,17 @@ def same_layout(x, dtype=None, seed=7):
     return numbers.as_strided(x.shape, x.stride(), x.storage_offset())
 
 
+def saved_storages(function):
+    """The storages that the graph of a function's result keeps, bytes by address; never the result itself."""
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        out = function()
+    assert out.requires_grad
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
+    assert out.untyped_storage().data_ptr() not in storages
+    return storages
+
+
 def zero_dropped(values, keep):
     """values with zeros, whatever is there, in the samples that keep (bool [B], or [1]) drops."""
     values = values.clone()

@@ -18,6 +18,7 @@ from conftest import (
     dtypes_id,
     predict_keep,
     random_tensor,
+    saved_storages,
     seeded,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -323,12 +324,7 @@ def test_at_most_one_copy(device, x_layout, residual_layout, grad_layout):
 
 def _kept_for_backward(function, *tensors):
     """Which of the tensors (by place) a graph keeps, and how many bytes besides."""
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        out = function()
-    assert out.requires_grad
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
-    assert out.untyped_storage().data_ptr() not in storages
+    storages = saved_storages(function)
     places = {i for i, t in enumerate(tensors) if storages.pop(t.untyped_storage().data_ptr(), None) is not None}
     return places, sum(storages.values())
 

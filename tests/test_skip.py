@@ -25,6 +25,7 @@ from conftest import (
     like,
     predict_skip,
     random_tensor,
+    saved_storages,
     skip_formula,
     skip_scale,
     zero_dropped,
@@ -611,17 +612,6 @@ def test_module_trains(device, sampling):
 # --- what autograd keeps, and what is computed ---
 
 
-def _saved(function):
-    """The storages that a graph keeps, by address, in bytes."""
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        out = function()
-    assert out.requires_grad
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
-    assert out.untyped_storage().data_ptr() not in storages
-    return storages
-
-
 @pytest.mark.parametrize("create_graph", [False, True])
 @pytest.mark.parametrize("hooked", [False, True])
 def test_gradients_between_blocks_are_added_in_place(device, create_graph, hooked):
@@ -683,7 +673,7 @@ def test_saves_nothing_of_the_size_of_x(device, dtype, sampling, with_gamma, gam
         return rows[-1]
 
     torch.manual_seed(1)
-    storages = _saved(lambda: stochastic_depth(x, branch, 0.5, training=True, gamma=gamma, sampling=sampling))
+    storages = saved_storages(lambda: stochastic_depth(x, branch, 0.5, training=True, gamma=gamma, sampling=sampling))
     kept = len(rows[0])
     assert 0 < kept < batch
     assert x.untyped_storage().data_ptr() not in storages
