@@ -1,4 +1,4 @@
-# make bench · make test · make lint · make gpu-check
+# make bench · make test · make lint · make sass · make gpu-check
 #
 # Each does its own set-up in .venv, or uses the interpreter that PYTHON= names as it is:
 #   make test PYTHON=/opt/conda/bin/python
@@ -25,7 +25,7 @@ endif
 
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: bench test lint gpu-check build clean
+.PHONY: bench test lint sass gpu-check build clean
 
 bench: build
 	$(PYTHON) benchmarks/run.py $(BENCH_ARGS)
@@ -39,8 +39,12 @@ lint: $(ENVIRONMENT)
 	$(PYTHON) -m mypy
 	$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')/clang-format --dry-run --Werror $(filter csrc/%,$(SOURCES))
 
+# cuobjdump and nvdisasm are Triton's, which every CUDA build of torch brings, unless CUDA_HOME or PATH has them.
+sass: build
+	$(PYTHON) benchmarks/sass.py --compile $(SASS_ARGS)
+
 gpu-check: $(ENVIRONMENT)
-	PYTHON=$(PYTHON) benchmarks/gpu_check.sh
+	$(PYTHON) benchmarks/gpu_check.py $(GPU_CHECK_ARGS)
 
 build: $(BUILD)
 

@@ -58,7 +58,7 @@ def environment(device: torch.device, quick: bool) -> dict:
         "quick": quick,
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": " ".join(["python benchmarks/run.py", *sys.argv[1:]]),
-        "commit": _commit(),
+        "commit": commit(),
         "malloc": {key: value for key, value in os.environ.items() if key.startswith("MALLOC_")},
         "versions": versions,
     }
@@ -71,7 +71,7 @@ def _cpu_name() -> str:
     return next(names, platform.processor() or platform.machine())
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()

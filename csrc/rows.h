@@ -36,6 +36,17 @@ struct Rows {
     const int64_t outer = count == samples ? 0 : divide(row, samples);
     return {row - outer * samples, outer};
   }
+
+  // Further on by as many rows as lie before `step`; without a division.
+  C10_HOST_DEVICE RowPlace advance(RowPlace place, const RowPlace& step) const {
+    place.sample += step.sample;
+    place.outer += step.outer;
+    if (place.sample >= samples) {
+      place.sample -= samples;
+      ++place.outer;
+    }
+    return place;
+  }
 };
 
 // Where an input, dense within each row, has its rows; in elements.
@@ -51,15 +62,38 @@ struct RowStrides {
 // A row of the output that is made from no sample of the input.
 constexpr int64_t kDropped = -1;
 
+// An entry of gamma, and which of the neighbours that share it an element is.
+struct ChannelPlace {
+  int64_t channel;
+  int64_t offset;
+};
+
 // Which entry of gamma belongs to an element, by the element's place in the output's memory: entries follow each other
 // every `inner` elements. 1 for the last dim of tokens and for channels_last, H * W for contiguous [B, C, H, W].
 struct Channels {
   int64_t inner;
   int64_t count;
 
-  C10_HOST_DEVICE int64_t channel_of(int64_t place) const {
+  // Elements behind which the channels come again.
+  C10_HOST_DEVICE int64_t period() const { return inner * count; }
+
+  C10_HOST_DEVICE ChannelPlace place_of(int64_t place) const {
     const int64_t run = inner == 1 ? place : divide(place, inner);
-    return run - divide(run, count) * count;
+    return {run - divide(run, count) * count, place - run * inner};
+  }
+
+  // Further on by as many elements as lie before `step`; without a division.
+  C10_HOST_DEVICE ChannelPlace advance(ChannelPlace place, const ChannelPlace& step) const {
+    place.offset += step.offset;
+    place.channel += step.channel;
+    if (place.offset >= inner) {
+      place.offset -= inner;
+      ++place.channel;
+    }
+    if (place.channel >= count) {
+      place.channel -= count;
+    }
+    return place;
   }
 };
 

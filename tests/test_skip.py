@@ -594,19 +594,20 @@ def test_module_repr_and_parameters():
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_module_trains(device, sampling):
-    """A target that only the branch and gamma reach."""
+    """A target that only the branch and gamma reach. A quarter of the loss is the expected end: with p = 0.5, half of
+    the way to the target minimises what the kept and the dropped samples miss it by."""
     torch.manual_seed(3)
     module = StochasticDepth(torch.nn.Linear(4, 4), 0.5, dim=4, init_values=0.5, sampling=sampling).to(device)
     x = random_tensor((64, 4), device=device)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     losses = []
-    for _ in range(100):
+    for _ in range(200):
         loss = ((module.eval()(x) - 2 * x) ** 2).mean()
         losses.append(loss.item())
         optimizer.zero_grad()
         ((module.train()(x) - 2 * x) ** 2).mean().backward()
         optimizer.step()
-    assert losses[-1] < losses[0] / 4
+    assert losses[-1] < losses[0] / 2
 
 
 # --- what autograd keeps, and what is computed ---

@@ -8,21 +8,28 @@
 
 namespace droppath_ext {
 
-// Vectors that a thread moves. A residual brings a second load for each, gamma needs registers.
-template <typename TR, bool kHasGamma>
-constexpr int kUnroll = std::is_void_v<TR> && !kHasGamma ? 4 : 2;
+// Vectors that a thread moves. With a residual or gamma one is enough, for it is loaded with theirs; two were slower
+// where gamma lies along planes.
+template <typename TR, typename TGamma>
+constexpr int kUnroll = std::is_void_v<TR> && std::is_void_v<TGamma> ? 4 : 1;
 
 // A block takes one tile. For each of the tile's rows it asks once for the source and notes where the row is to be
-// read; then each thread moves kUnroll vectors, all loaded before the first is used, so that enough reads are in flight
-// to cover the latency of memory. TR is void where there is no residual. If in_place, the residual is out itself, and
-// what is dropped stays as it is.
-template <typename TO, typename TR, typename TX, int kWidth, bool kHasGamma>
+// read; then each thread moves kUnroll vectors. All that it reads, gamma too, is loaded before the first of it is used
+// and before the first store, so that enough reads are in flight to cover the latency of memory. TR and TGamma are void
+// where there is no residual and no gamma; gamma_step leads from one vector of a thread to the next. If in_place, the
+// residual is out itself, and what is dropped stays as it is.
+template <typename TO, typename TR, typename TX, typename TGamma, int kWidth>
 __global__ void __launch_bounds__(kThreads)
-    add_kept_kernel(TO* out, const TR* residual, const TX* __restrict__ x, Sources sources, Gamma gamma, Rows rows,
-                    RowStrides strides, RowStrides residual_strides, Tiling tiling, bool in_place, Opmath<TO> scale) {
+    add_kept_kernel(TO* out, const TR* residual, const TX* __restrict__ x, Sources sources, Gamma<TGamma> gamma,
+                    ChannelPlace gamma_step, Rows rows, RowStrides strides, RowStrides residual_strides, Tiling tiling,
+                    bool in_place, Opmath<TO> scale) {
+  using F = Opmath<TO>;
   constexpr bool kHasResidual = !std::is_void_v<TR>;
-  constexpr int kVectors = kUnroll<TR, kHasGamma>;
+  constexpr bool kHasGamma = !std::is_void_v<TGamma>;
+  constexpr bool kOnlyScales = !kHasResidual && !kHasGamma && std::is_same_v<TX, TO>;
+  constexpr int kVectors = kUnroll<TR, TGamma>;
   using Residual = std::conditional_t<kHasResidual, TR, TO>;
+  using GammaOrX = std::conditional_t<kHasGamma, TGamma, TX>;
   __shared__ int64_t offsets[kThreads * kVectors];  // of each row in x, or kDropped
   __shared__ int64_t residual_offsets[kHasResidual ? kThreads * kVectors : 1];
 
@@ -40,11 +47,20 @@ __global__ void __launch_bounds__(kThreads)
   }
   __syncthreads();
 
+  // A tile's output is one run of memory: part of a row, or whole rows.
+  const int64_t first_place = tile.first_row * rows.length + tile.first_column;
   const int vectors_per_row = tile.columns / kWidth;
   const int vectors = tile.rows * vectors_per_row;
   Vector<TX, kWidth> values[kVectors];
   Vector<Residual, kWidth> residuals[kVectors];
+  GammaValues<GammaOrX, kWidth> gammas[kVectors];
   bool is_kept[kVectors];
+  ChannelPlace channel{};
+  if constexpr (kHasGamma) {
+    if (vectors > 0) {
+      channel = gamma.channels.place_of(first_place + threadIdx.x * kWidth);
+    }
+  }
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
     const int vector = threadIdx.x + i * kThreads;
@@ -56,6 +72,9 @@ __global__ void __launch_bounds__(kThreads)
       is_kept[i] = offset != kDropped;
       if (is_kept[i]) {
         values[i] = load_vector<TX, kWidth>(x + offset + column);
+        if constexpr (kHasGamma) {
+          gammas[i] = gamma.template load<kWidth>(channel);
+        }
       }
       if constexpr (kHasResidual) {
         if (is_kept[i] || !in_place) {
@@ -63,43 +82,54 @@ __global__ void __launch_bounds__(kThreads)
         }
       }
     }
+    if constexpr (kHasGamma) {
+      channel = gamma.channels.advance(channel, gamma_step);
+    }
   }
 
-  // A tile's output is one run of memory: part of a row, or whole rows.
-  const int64_t first_place = tile.first_row * rows.length + tile.first_column;
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
     const int vector = threadIdx.x + i * kThreads;
-    if (vector < vectors && (is_kept[i] || !in_place)) {
-      Vector<TO, kWidth> result{};
-      if constexpr (kHasResidual) {
-#pragma unroll
-        for (int j = 0; j < kWidth; ++j) {
-          if constexpr (std::is_same_v<TR, TO>) {
-            result.values[j] = residuals[i].values[j];
-          } else {
-            result.values[j] = from_opmath<TO>(to_opmath(residuals[i].values[j]));
-          }
-        }
-      }
-      if (is_kept[i]) {
-        Opmath<TO> factors[kWidth];
-        if constexpr (kHasGamma) {
-          gamma.factors<TX, kWidth>(factors, first_place + vector * kWidth, scale);
-        }
-#pragma unroll
-        for (int j = 0; j < kWidth; ++j) {
-          const Opmath<TO> value = to_opmath(values[i].values[j]);
-          const Opmath<TO> factor = kHasGamma ? factors[j] : scale;
-          if constexpr (kHasResidual) {
-            result.values[j] = from_opmath<TO>(to_opmath(residuals[i].values[j]) + value * factor);
-          } else {
-            result.values[j] = from_opmath<TO>(value * factor);
-          }
-        }
-      }
-      store_vector(out + first_place + vector * kWidth, result);
+    if (vector >= vectors || (in_place && !is_kept[i])) {
+      continue;
     }
+    Vector<TO, kWidth> result{};
+    F sums[kWidth];
+    if constexpr (kHasResidual) {
+      residuals[i].to_opmath(sums);
+    }
+    if (is_kept[i]) {
+      F terms[kWidth];
+      F factors[kWidth];
+      values[i].to_opmath(terms);
+      if constexpr (kHasGamma) {
+        gammas[i].to_opmath(factors);
+      }
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) {
+        F factor = scale;
+        if constexpr (kHasGamma) {
+          factor = gamma.factor(factors[j], scale);
+        }
+        if constexpr (kHasResidual) {
+          sums[j] += terms[j] * factor;
+        } else {
+          sums[j] = terms[j] * factor;
+        }
+      }
+      result = Vector<TO, kWidth>::from_opmath(sums);
+      if constexpr (kOnlyScales) {
+        // A copy is one bit for bit: arithmetic would change a NaN.
+        if (scale == F(1)) {
+          result = values[i];
+        }
+      }
+    } else if constexpr (std::is_same_v<TR, TO>) {
+      result = residuals[i];
+    } else if constexpr (kHasResidual) {
+      result = Vector<TO, kWidth>::from_opmath(sums);
+    }
+    store_vector(out + first_place + vector * kWidth, result);
   }
 }
 

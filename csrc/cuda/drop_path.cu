@@ -3,18 +3,16 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros_like.h>
-#include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <limits>
 
 #include "../ops.h"
 #include "add_kept.cuh"
 #include "draw_fixed.cuh"
 #include "gamma_grad.cuh"
+#include "launch.h"
 
 namespace droppath_ext {
 namespace {
@@ -40,12 +38,6 @@ const T* data_of(const at::Tensor& tensor) {
   return static_cast<const T*>(tensor.const_data_ptr());
 }
 
-unsigned check_blocks(int64_t blocks) {
-  TORCH_CHECK_VALUE(blocks <= std::numeric_limits<int32_t>::max(), "x is too large for one launch: ", blocks,
-                    " blocks, at most ", std::numeric_limits<int32_t>::max());
-  return static_cast<unsigned>(blocks);
-}
-
 // Whether a vector of kWidth elements may be loaded from there.
 template <int kWidth, typename T>
 bool is_aligned(const T* data) {
@@ -61,44 +53,22 @@ bool is_vectorizable(const T* data, const RowStrides& strides) {
 template <typename T, typename U>
 constexpr int kVectorWidth = 16 / std::min(sizeof(T), sizeof(U));
 
-// gamma as the kernels read it beside elements of type TX: dense, and of that dtype or the one that is computed in.
-template <typename TX>
-at::Tensor readable_gamma(const at::Tensor& gamma) {
-  constexpr bool kIsWide = std::is_same_v<TX, Opmath<TX>>;
-  const bool converts = kIsWide && gamma.element_size() != sizeof(TX);
-  return (converts ? gamma.to(at::kFloat) : gamma).contiguous();
-}
-
-template <typename TX, int kWidth>
-Gamma gamma_operand(const at::Tensor& gamma, const Channels& channels, double scale) {
-  const void* values = gamma.const_data_ptr();
-  const bool is_wide = gamma.element_size() != sizeof(TX);
-  const bool is_aligned = reinterpret_cast<uintptr_t>(values) % (gamma.element_size() * kWidth) == 0;
-  const auto rest = std::is_same_v<Opmath<TX>, float> ? scale - static_cast<float>(scale) : 0.0;
-  return {values, is_wide, channels.inner == 1 && channels.count % kWidth == 0 && is_aligned, channels,
-          static_cast<float>(rest)};
-}
-
-template <typename TO, typename TR, typename TX, int kWidth, bool kHasGamma>
-void launch_add_kept(TO* out, const TR* residual, const TX* x, const Sources& sources, const Gamma& gamma,
-                     const Rows& rows, const RowStrides& strides, const RowStrides& residual_strides, double scale) {
-  const Tiling tiling = Tiling::make(rows, kThreads * kUnroll<TR, kHasGamma>, kWidth);
-  const unsigned blocks = check_blocks(tiling.tiles(rows));
-  if (blocks == 0) {
-    return;
-  }
-  add_kept_kernel<TO, TR, TX, kWidth, kHasGamma><<<blocks, kThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
-      out, residual, x, sources, gamma, rows, strides, residual_strides, tiling,
-      /*in_place=*/static_cast<const void*>(out) == residual, static_cast<Opmath<TO>>(scale));
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+// gamma for vectors of kWidth elements; dense, and alive until the kernel is queued.
+template <typename T, int kWidth>
+Gamma<T> gamma_operand(const at::Tensor& gamma, const Channels& channels, double scale) {
+  const auto* values = data_of<T>(gamma);
+  const bool is_whole = channels.inner == 1 && channels.count % kWidth == 0 && is_aligned<kWidth>(values);
+  const double rest = std::is_same_v<Opmath<T>, float> ? scale - static_cast<float>(scale) : 0.0;
+  return {values, is_whole, channels, static_cast<float>(rest)};
 }
 
 // For each sample: out = x[source] * scale (* gamma) (+ residual), or where it is dropped the residual or 0. There are
-// `entries` sources. TR is void where there is no residual.
-template <typename TO, typename TR, typename TX, bool kHasGamma>
+// `entries` sources. TR and TGamma are void where there is no residual and no gamma.
+template <typename TO, typename TR, typename TX, typename TGamma>
 void add_kept(const at::Tensor& out, const at::Tensor* residual, const at::Tensor& x, const at::Tensor* gamma,
               const Sources& sources, int64_t entries, double scale) {
   constexpr int kWidth = kVectorWidth<TO, TX>;
+  constexpr bool kHasGamma = !std::is_void_v<TGamma>;
   const Rows rows = find_rows(out, entries);
   const Input x_rows = with_rows(x, out, rows, sources.kind == Sources::kIndex);
   auto* out_data = static_cast<TO*>(out.mutable_data_ptr());
@@ -113,32 +83,29 @@ void add_kept(const at::Tensor& out, const at::Tensor* residual, const at::Tenso
     vectorizes = vectorizes && is_vectorizable<kWidth>(residual_data, residual_rows.strides);
   }
   at::Tensor dense_gamma;
-  Channels channels{1, 1};
   if constexpr (kHasGamma) {
-    dense_gamma = readable_gamma<TX>(*gamma);
-    channels = find_channels(out, gamma_dim(out, *gamma));
+    dense_gamma = gamma->contiguous();
   }
-  const auto launch = [&](auto width) {
+  const auto run = [&](auto width) {
     constexpr int kLaunchWidth = decltype(width)::value;
-    Gamma operand{};
+    Gamma<TGamma> operand{};
+    ChannelPlace gamma_step{};
     if constexpr (kHasGamma) {
-      operand = gamma_operand<TX, kLaunchWidth>(dense_gamma, channels, scale);
+      operand = gamma_operand<TGamma, kLaunchWidth>(dense_gamma, find_channels(out, gamma_dim(out, *gamma)), scale);
+      if (out.numel() != 0) {
+        gamma_step = operand.channels.place_of(kThreads * kLaunchWidth);
+      }
     }
-    launch_add_kept<TO, TR, TX, kLaunchWidth, kHasGamma>(out_data, residual_data, x_data, sources, operand, rows,
-                                                         x_rows.strides, residual_rows.strides, scale);
+    const Tiling tiling = Tiling::make(rows, kThreads * kUnroll<TR, TGamma>, kLaunchWidth);
+    launch(add_kept_kernel<TO, TR, TX, TGamma, kLaunchWidth>, tiling.tiles(rows), kThreads, out_data, residual_data,
+           x_data, sources, operand, gamma_step, rows, x_rows.strides, residual_rows.strides, tiling,
+           /*in_place=*/static_cast<const void*>(out_data) == residual_data, static_cast<Opmath<TO>>(scale));
   };
   if (vectorizes) {
-    launch(std::integral_constant<int, kWidth>());
+    run(std::integral_constant<int, kWidth>());
   } else {
-    launch(std::integral_constant<int, 1>());
+    run(std::integral_constant<int, 1>());
   }
-}
-
-int64_t multiprocessors() {
-  int device = 0, count = 0;
-  C10_CUDA_CHECK(cudaGetDevice(&device));
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-  return count;
 }
 
 template <typename F>
@@ -147,8 +114,8 @@ void dispatch(at::ScalarType dtype, const F& body) {
 }
 
 // The gradient of gamma, and that of x unless grad_x is null. `layout` is dense, of x's shape, and lies in memory as
-// grad_x does, with whole channels in its rows.
-template <typename TG, typename TX>
+// grad_x does.
+template <typename TG, typename TX, typename TGamma>
 at::Tensor backward_kept(const at::Tensor* grad_x, const at::Tensor& layout, const at::Tensor& grad,
                          const at::Tensor& x, const at::Tensor& gamma, const Sources& sources, int64_t entries,
                          double scale) {
@@ -158,74 +125,52 @@ at::Tensor backward_kept(const at::Tensor* grad_x, const at::Tensor& layout, con
   const Channels channels = find_channels(layout, gamma_dim(layout, gamma));
   const Input x_rows = with_rows(x, layout, rows);
   const Input grad_rows = with_rows(grad, layout, rows, sources.kind == Sources::kIndex);
-  const at::Tensor dense_gamma = readable_gamma<TX>(gamma);
-  BackwardArgs<TG, TX> args{grad_x == nullptr ? nullptr : static_cast<TX*>(grad_x->mutable_data_ptr()),
-                            nullptr,
-                            data_of<TG>(grad_rows.tensor),
-                            data_of<TX>(x_rows.tensor),
-                            sources,
-                            Gamma{},
-                            rows,
-                            x_rows.strides,
-                            grad_rows.strides,
-                            static_cast<F>(scale)};
-  const auto vectorizes = [&](auto width) {
-    constexpr int kTriedWidth = decltype(width)::value;
-    return (channels.inner == 1 ? channels.count : channels.inner) % kTriedWidth == 0 &&
-           is_vectorizable<kTriedWidth>(args.grad, grad_rows.strides) && is_aligned<kTriedWidth>(args.grad_x) &&
-           is_vectorizable<kTriedWidth>(args.x, x_rows.strides);
-  };
-  const auto stream = c10::cuda::getCurrentCUDAStream();
+  const at::Tensor dense_gamma = gamma.contiguous();
+  BackwardArgs<TG, TX, TGamma> args{grad_x == nullptr ? nullptr : static_cast<TX*>(grad_x->mutable_data_ptr()),
+                                    nullptr,
+                                    data_of<TG>(grad_rows.tensor),
+                                    data_of<TX>(x_rows.tensor),
+                                    sources,
+                                    Gamma<TGamma>{},
+                                    rows,
+                                    x_rows.strides,
+                                    grad_rows.strides,
+                                    static_cast<F>(scale)};
   at::Tensor parts;
-  const auto allocate_parts = [&](int64_t count) {
-    parts = at::empty({count, channels.count}, grad.options().dtype(sizeof(F) == 8 ? at::kDouble : at::kFloat));
-    args.parts = parts.mutable_data_ptr<F>();
-  };
-  const auto launch = [&](auto width) {
+  const auto run = [&](auto width, auto is_innermost) {
     constexpr int kLaunchWidth = decltype(width)::value;
-    args.gamma = gamma_operand<TX, kLaunchWidth>(dense_gamma, channels, scale);
-    if (channels.inner == 1) {
-      const Columns columns = Columns::make(channels.count, kLaunchWidth);
-      const int64_t lines = layout.numel() / channels.count;
-      // One wave of blocks, so that few parts are left to sum.
-      const int64_t wave = std::max<int64_t>(4 * multiprocessors() / columns.tiles, 1);
-      const int64_t lines_of_block = columns.lines * kLinesInFlight;
-      const int64_t count = std::min((lines + lines_of_block - 1) / lines_of_block, wave);
-      allocate_parts(count);
-      columns_backward_kernel<TG, TX, kLaunchWidth>
-          <<<check_blocks(count * columns.tiles), kThreads, 0, stream>>>(args, columns, count);
-    } else {
-      constexpr int kSegmentsOfBlock = kThreads / kWarp;
-      const Segments segments = Segments::make(channels.inner);
-      const int64_t planes = layout.numel() / channels.inner;
-      allocate_parts(planes / channels.count * segments.count);
-      const int64_t blocks = (planes * segments.count + kSegmentsOfBlock - 1) / kSegmentsOfBlock;
-      planes_backward_kernel<TG, TX, kLaunchWidth>
-          <<<check_blocks(blocks), kThreads, 0, stream>>>(args, segments, planes);
-    }
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    const auto kernel = gamma_grad_kernel<TG, TX, TGamma, kLaunchWidth, decltype(is_innermost)::value>;
+    args.gamma = gamma_operand<TGamma, kLaunchWidth>(dense_gamma, channels, scale);
+    const LineTiling tiling = LineTiling::make(channels, kLaunchWidth);
+    const Lines lines = Lines::make(rows, channels);
+    // One wave, so that few parts are left to sum.
+    const int64_t wave = std::max<int64_t>(blocks_of_a_wave(kernel, tiling.threads()) / tiling.tiles, 1);
+    const int64_t count = std::min(ceil_div(lines.count, int64_t{tiling.lines} * kLinesInFlight), wave);
+    parts = at::empty({count * tiling.segments, channels.count},
+                      grad.options().dtype(sizeof(F) == 8 ? at::kDouble : at::kFloat));
+    args.parts = parts.mutable_data_ptr<F>();
+    const int64_t stride = count * tiling.lines;
+    launch(kernel, count * tiling.tiles, tiling.threads(), args, tiling, lines, stride,
+           lines.place_of(stride, /*row_of_line=*/0, rows));
   };
-  // Planes of 14 * 14 are no whole vectors of 8, but of 4.
-  constexpr auto kWide = std::integral_constant<int, kWidth>{};
-  constexpr auto kNarrow = std::integral_constant<int, kWidth == 8 ? 4 : 1>{};
-  if (vectorizes(kWide)) {
-    launch(kWide);
-  } else if (vectorizes(kNarrow)) {
-    launch(kNarrow);
+  // A vector holds whole channels, or parts of two at most.
+  const bool is_innermost = channels.inner == 1;
+  const bool vectorizes = (is_innermost ? channels.count : channels.period()) % kWidth == 0 &&
+                          (is_innermost || channels.inner >= kWidth) &&
+                          is_vectorizable<kWidth>(args.grad, grad_rows.strides) &&
+                          is_vectorizable<kWidth>(args.x, x_rows.strides) && is_aligned<kWidth>(args.grad_x);
+  if (!vectorizes) {
+    run(std::integral_constant<int, 1>(), std::false_type());
+  } else if (is_innermost) {
+    run(std::integral_constant<int, kWidth>(), std::true_type());
   } else {
-    launch(std::integral_constant<int, 1>());
+    run(std::integral_constant<int, kWidth>(), std::false_type());
   }
 
   at::Tensor grad_gamma = at::empty_like(gamma, at::MemoryFormat::Contiguous);
-  const unsigned blocks = check_blocks((channels.count + kWarp - 1) / kWarp);
-  dispatch(gamma.scalar_type(), [&](auto type) {
-    using T = decltype(type);
-    if constexpr (std::is_same_v<Opmath<T>, Opmath<TX>>) {
-      sum_parts_kernel<T, Opmath<TX>><<<blocks, kThreads, 0, stream>>>(
-          static_cast<T*>(grad_gamma.mutable_data_ptr()), args.parts, parts.size(0), channels.count, args.scale);
-      C10_CUDA_KERNEL_LAUNCH_CHECK();
-    }
-  });
+  launch<Start::kEarly>(sum_parts_kernel<TGamma, F>, ceil_div(channels.count, kSumChannels), kSumThreads,
+                        static_cast<TGamma*>(grad_gamma.mutable_data_ptr()), args.parts, parts.size(0), channels.count,
+                        args.scale);
   return grad_gamma;
 }
 
@@ -268,24 +213,46 @@ at::Tensor empty_mask(const at::Tensor& x, int64_t size) { return at::empty({siz
 void scale_kept(const at::Tensor& out, const at::Tensor& x, const Sources& sources, int64_t entries, double scale) {
   dispatch(x.scalar_type(), [&](auto type) {
     using T = decltype(type);
-    add_kept<T, void, T, false>(out, nullptr, x, nullptr, sources, entries, scale);
+    add_kept<T, void, T, void>(out, nullptr, x, nullptr, sources, entries, scale);
   });
 }
 
 // out = residual + x[source] * gamma * scale, or the residual where it is dropped.
 void add_kept_to(const at::Tensor& out, const at::Tensor& residual, const at::Tensor& x,
                  const std::optional<at::Tensor>& gamma, const Sources& sources, int64_t entries, double scale) {
-  const at::Tensor* gamma_pointer = gamma ? &*gamma : nullptr;
   dispatch(x.scalar_type(), [&](auto type) {
     using T = decltype(type);
-    const auto run = [&](auto kernel) { kernel(out, &residual, x, gamma_pointer, sources, entries, scale); };
+    const auto run = [&](auto kernel) {
+      kernel(out, &residual, x, gamma ? &*gamma : nullptr, sources, entries, scale);
+    };
     if (out.scalar_type() == x.scalar_type()) {
-      run(gamma ? add_kept<T, T, T, true> : add_kept<T, T, T, false>);
+      run(gamma ? add_kept<T, T, T, T> : add_kept<T, T, T, void>);
     } else if constexpr (sizeof(T) == 2) {
       if (residual.scalar_type() == x.scalar_type()) {
-        run(add_kept<float, T, T, true>);
+        run(add_kept<float, T, T, float>);  // float32 for gamma alone
+      } else if (!gamma) {
+        run(add_kept<float, float, T, void>);
       } else {
-        run(gamma ? add_kept<float, float, T, true> : add_kept<float, float, T, false>);
+        run(gamma->scalar_type() == x.scalar_type() ? add_kept<float, float, T, T> : add_kept<float, float, T, float>);
+      }
+    }
+  });
+}
+
+// Calls body with values of the types of x, of its gradient and of gamma: those of one dtype, or half precision that
+// meets float32.
+template <typename F>
+void dispatch_backward(at::ScalarType dtype, const at::Tensor& grad, const std::optional<at::Tensor>& gamma,
+                       const F& body) {
+  dispatch(dtype, [&](auto type) {
+    using T = decltype(type);
+    if (grad.scalar_type() == dtype) {
+      body(T(), T(), T());
+    } else if constexpr (sizeof(T) == 2) {
+      if (!gamma || gamma->scalar_type() == dtype) {
+        body(T(), float(), T());
+      } else {
+        body(T(), float(), float());
       }
     }
   });
@@ -293,49 +260,32 @@ void add_kept_to(const at::Tensor& out, const at::Tensor& residual, const at::Te
 
 // The backward of add_kept_to: writes the gradient of x into grad_x, unless it is null, and returns that of gamma,
 // empty if nobody needs it.
-at::Tensor add_kept_backward(const at::Tensor* grad_x, const at::Tensor& grad, const std::optional<at::Tensor>& x,
+at::Tensor add_kept_backward(const at::Tensor* grad_x, const at::Tensor& given_grad, const std::optional<at::Tensor>& x,
                              const std::optional<at::Tensor>& gamma, const Sources& sources, int64_t entries,
                              double scale, at::ScalarType dtype, bool needs_gamma) {
+  // A float32 gamma makes a float32 output, whose gradient this is; whoever calls the op may give another one.
+  const at::Tensor grad = gamma && gamma->scalar_type() != dtype ? given_grad.to(gamma->scalar_type()) : given_grad;
   const bool is_gathered = sources.kind == Sources::kIndex;
   const auto options = grad.options().dtype(dtype);
-  const bool sums = needs_gamma && x->numel() != 0;
-  at::Tensor grad_gamma =
-      needs_gamma && !sums ? at::zeros_like(*gamma, at::MemoryFormat::Contiguous) : at::empty({0}, options);
-  at::Tensor dense_grad, layout, spread_grad_x;
-  if (sums) {
-    dense_grad = is_gathered ? grad : dense_like(grad);
-    layout = grad_x != nullptr ? *grad_x : is_gathered ? dense_like(*x) : dense_grad;
-    const Channels channels = find_channels(layout, gamma_dim(layout, *gamma));
-    if (find_rows(layout, entries).length % (channels.inner * channels.count) != 0) {
-      // A channel is spread over the samples, say in [B, C] stored as [C, B].
-      layout = at::empty(layout.sizes(), options);
-      if (grad_x != nullptr) {
-        spread_grad_x = *grad_x;
-        grad_x = &layout;
-      }
+  if (!needs_gamma || x->numel() == 0) {
+    if (grad_x != nullptr) {
+      dispatch_backward(dtype, grad, gamma, [&](auto x_type, auto grad_type, auto gamma_type) {
+        using TX = decltype(x_type);
+        using TG = decltype(grad_type);
+        (gamma ? add_kept<TX, void, TG, decltype(gamma_type)> : add_kept<TX, void, TG, void>)(*grad_x, nullptr, grad,
+                                                                                              gamma ? &*gamma : nullptr,
+                                                                                              sources, entries, scale);
+      });
     }
+    return needs_gamma ? at::zeros_like(*gamma, at::MemoryFormat::Contiguous) : at::empty({0}, options);
   }
-  dispatch(dtype, [&](auto type) {
-    using T = decltype(type);
-    const auto run = [&](auto grad_type) {
-      using TG = decltype(grad_type);
-      if (sums) {
-        grad_gamma = backward_kept<TG, T>(grad_x, layout, dense_grad, *x, *gamma, sources, entries, scale);
-      } else if (grad_x != nullptr) {
-        (gamma ? add_kept<T, void, TG, true> : add_kept<T, void, TG, false>)(*grad_x, nullptr, grad,
-                                                                             gamma ? &*gamma : nullptr, sources,
-                                                                             entries, scale);
-      }
-    };
-    if (grad.scalar_type() == dtype) {
-      run(T());
-    } else if constexpr (sizeof(T) == 2) {
-      run(float());
-    }
+  const at::Tensor dense_grad = is_gathered ? grad : dense_like(grad);
+  const at::Tensor layout = grad_x != nullptr ? *grad_x : is_gathered ? dense_like(*x) : dense_grad;
+  at::Tensor grad_gamma;
+  dispatch_backward(dtype, grad, gamma, [&](auto x_type, auto grad_type, auto gamma_type) {
+    grad_gamma = backward_kept<decltype(grad_type), decltype(x_type), decltype(gamma_type)>(
+        grad_x, layout, dense_grad, *x, *gamma, sources, entries, scale);
   });
-  if (spread_grad_x.defined()) {
-    spread_grad_x.copy_(layout);
-  }
   return grad_gamma;
 }
 
@@ -444,10 +394,8 @@ std::tuple<at::Tensor, at::Tensor> draw_fixed_cuda(const at::Tensor& x, c10::Sym
   const int64_t size = x.size(0);
   at::Tensor slots = at::empty({size}, options);
   at::Tensor kept = at::empty({count.expect_int()}, options);
-  draw_fixed_kernel<<<1, kDrawThreads, 0, c10::cuda::getCurrentCUDAStream()>>>(
-      slots.mutable_data_ptr<int64_t>(), kept.mutable_data_ptr<int64_t>(), next_philox_state(x.device(), generator),
-      size, kept.numel());
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  launch(draw_fixed_kernel, 1, kDrawThreads, slots.mutable_data_ptr<int64_t>(), kept.mutable_data_ptr<int64_t>(),
+         next_philox_state(x.device(), generator), size, kept.numel());
   return {std::move(slots), std::move(kept)};
 }
 

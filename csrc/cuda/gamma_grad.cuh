@@ -1,7 +1,11 @@
 // The backward of gamma * x in one pass: grad_x = grad * gamma * scale where the sample is kept and zero where it is
 // dropped, and for each channel the sum of grad * x over what is kept. Blocks write partial sums, [parts, channels];
-// sum_parts_kernel adds them up. No atomics: the order of every sum is fixed.
+// sum_parts_kernel adds them up. No atomics: the order of every sum is fixed by the shape and by the number of blocks
+// that the device holds at once.
 #pragma once
+
+#include <algorithm>
+#include <numeric>
 
 #include "operands.cuh"
 #include "tiling.h"
@@ -9,98 +13,168 @@
 
 namespace droppath_ext {
 
-constexpr int kLinesInFlight = 4;
-
 // grad_x may be null, which asks for the sums alone. Rows are those of x's samples, in the memory of grad_x; grad is
 // read where `sources` says.
-template <typename TG, typename TX>
+template <typename TG, typename TX, typename TGamma>
 struct BackwardArgs {
   TX* grad_x;
   Opmath<TX>* parts;
   const TG* grad;
   const TX* x;
   Sources sources;
-  Gamma gamma;
+  Gamma<TGamma> gamma;
   Rows rows;
   RowStrides strides;
   RowStrides grad_strides;
   Opmath<TX> scale;
 };
 
-// The shape of a block where the channels lie innermost: it walks over lines of channels.count neighbours, `lines` of
-// them at a time, and its thread t always works on the same vector of channels.
-struct Columns {
-  int vectors;  // of channels that a block works on
-  int lines;
-  int64_t tiles;  // blocks that share a line
+// How blocks share the lines. A line is the memory behind which the channels come again: a token's in [B, N, D], a
+// whole sample's in [B, C, H, W]. A block takes a tile of the line and walks over the lines with it, so that each of
+// its threads meets the same channels in all of them and keeps their sums in registers.
+struct LineTiling {
+  int64_t line_vectors;
+  int64_t tiles;     // of a line
+  int vectors;       // of a tile
+  int lines;         // that a block works on at a time
+  int64_t segments;  // tiles that may meet one channel: each has parts of its own
 
-  static Columns make(int64_t channels, int width) {
-    const int64_t vectors = channels / width;
-    const int64_t tiles = (vectors + kThreads - 1) / kThreads;
-    const int per_tile = static_cast<int>((vectors + tiles - 1) / tiles);
-    return {per_tile, kThreads / per_tile, tiles};
+  static LineTiling make(const Channels& channels, int width) {
+    const int64_t line_vectors = channels.period() / width;
+    // The shortest run of vectors that is whole channels. Tiles are made of such runs if they are not too long.
+    const int64_t run = channels.inner == 1 ? 1 : channels.inner / std::gcd(channels.inner, int64_t{width});
+    const int64_t unit = run <= kThreads ? run : 1;
+    const int64_t units = ceil_div(line_vectors, unit);
+    const int64_t tiles = ceil_div(units, kThreads / unit);
+    const int64_t vectors = ceil_div(units, tiles) * unit;
+    const int64_t elements = vectors * width;
+    return {line_vectors, ceil_div(line_vectors, vectors), static_cast<int>(vectors),
+            tiles == 1 ? static_cast<int>(kThreads / vectors) : 1,
+            run <= kThreads ? 1 : (channels.inner + elements - 2) / elements + 1};
+  }
+
+  // Whole warps.
+  int threads() const { return static_cast<int>(ceil_div(vectors * lines, kWarp)) * kWarp; }
+};
+
+// The place of a line: its row, and which of the row's lines it is.
+struct LinePlace {
+  RowPlace row;
+  int64_t line;
+};
+
+// The lines of a tensor. A row holds whole lines; or, where the channels lie outside of the samples, a line whole rows.
+struct Lines {
+  int64_t count;
+  int64_t length;
+  int64_t per_row;       // 1 if a line holds rows
+  int64_t rows_of_line;  // 1 if a row holds lines
+
+  static Lines make(const Rows& rows, const Channels& channels) {
+    const int64_t length = channels.period();
+    return {rows.count * rows.length / length, length, std::max<int64_t>(rows.length / length, 1),
+            std::max<int64_t>(length / rows.length, 1)};
+  }
+
+  C10_HOST_DEVICE LinePlace place_of(int64_t line, int64_t row_of_line, const Rows& rows) const {
+    const int64_t row = per_row == 1 ? line : divide(line, per_row);
+    return {rows.place_of(row * rows_of_line + row_of_line), line - row * per_row};
+  }
+
+  // Further on by as many lines as lie before `step`; without a division.
+  C10_HOST_DEVICE LinePlace advance(LinePlace place, const LinePlace& step, const Rows& rows) const {
+    place.row = rows.advance(place.row, step.row);
+    place.line += step.line;
+    if (place.line >= per_row) {
+      place.line -= per_row;
+      place.row = rows.advance(place.row, {1, 0});
+    }
+    return place;
   }
 };
 
-// channels.inner == 1. Lines are dealt out in turns, so that blocks meet about as many dropped samples as each other.
-template <typename TG, typename TX, int kWidth>
-__global__ void __launch_bounds__(kThreads)
-    columns_backward_kernel(BackwardArgs<TG, TX> args, Columns columns, int64_t parts) {
+// Lines that a thread has loaded before it works on the first. More need so many registers that fewer blocks fit.
+constexpr int kLinesInFlight = 2;
+
+// kInnermost: a vector holds kWidth channels (channels.inner == 1). Otherwise it holds one, or the end of one and the
+// beginning of the next. Lines are dealt out in turns, so that blocks meet about as many dropped samples as each other:
+// `stride` lines, that is `step`, lead a block from one of its lines to the next.
+template <typename TG, typename TX, typename TGamma, int kWidth, bool kInnermost>
+__global__ void __launch_bounds__(kThreads) gamma_grad_kernel(BackwardArgs<TG, TX, TGamma> args, LineTiling tiling,
+                                                              Lines lines, int64_t stride, LinePlace step) {
   using F = Opmath<TX>;
-  __shared__ F shared[kThreads * kWidth];
+  constexpr int kSums = kInnermost ? kWidth : 2;
+  __shared__ F shared[kSums][kThreads];
 
-  const int64_t channels = args.gamma.channels.count;
-  const int64_t part = divide(blockIdx.x, columns.tiles);
-  const int64_t tile = blockIdx.x - part * columns.tiles;
-  const int line_of_block = threadIdx.x / columns.vectors;
-  const int vector = threadIdx.x - line_of_block * columns.vectors;
-  const int64_t channel = (tile * columns.vectors + vector) * kWidth;
-  const bool works = line_of_block < columns.lines && channel < channels;
-  const int64_t lines_per_row = divide(args.rows.length, channels);
-  const int64_t lines = args.rows.count * lines_per_row;
-  const int64_t stride = parts * columns.lines;
+  const Channels channels = args.gamma.channels;
+  const int64_t part = divide(blockIdx.x, tiling.tiles);
+  const int64_t tile = blockIdx.x - part * tiling.tiles;
+  const int line_of_block = threadIdx.x / tiling.vectors;
+  const int64_t vector = tile * tiling.vectors + (threadIdx.x - line_of_block * tiling.vectors);
+  const int64_t column = vector * kWidth;  // in the line
+  const bool works = line_of_block < tiling.lines && vector < tiling.line_vectors;
 
-  F sums[kWidth] = {};
+  F sums[kSums] = {};
   if (works) {
+    const ChannelPlace channel = channels.place_of(column);
+    const int64_t of_first =
+        channels.inner - channel.offset;  // elements of the vector that belong to its first channel
     F factors[kWidth];
-    args.gamma.template factors<TX, kWidth>(factors, channel, args.scale);
-    for (int64_t first = part * columns.lines + line_of_block; first < lines; first += stride * kLinesInFlight) {
+    args.gamma.template load<kWidth>(channel).to_opmath(factors);
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) {
+      factors[j] = args.gamma.factor(factors[j], args.scale);
+    }
+    const int64_t row_of_line = lines.rows_of_line == 1 ? 0 : divide(column, args.rows.length);
+    const int64_t column_of_row = column - row_of_line * args.rows.length;
+    int64_t line = part * tiling.lines + line_of_block;
+    TX* grad_x = args.grad_x == nullptr ? nullptr : args.grad_x + line * lines.length + column;
+    LinePlace place = lines.place_of(line, row_of_line, args.rows);
+    while (line < lines.count) {
       Vector<TG, kWidth> grads[kLinesInFlight];
       Vector<TX, kWidth> values[kLinesInFlight];
       bool is_kept[kLinesInFlight];
 #pragma unroll
       for (int i = 0; i < kLinesInFlight; ++i) {
-        const int64_t line = first + i * stride;
         is_kept[i] = false;
-        if (line < lines) {
-          const int64_t row = divide(line, lines_per_row);
-          const RowPlace place = args.rows.place_of(row);
-          const int64_t source = args.sources(place.sample);
+        if (line + i * stride < lines.count) {
+          const int64_t source = args.sources(place.row.sample);
           is_kept[i] = source != kDropped;
           if (is_kept[i]) {
-            const int64_t column = (line - row * lines_per_row) * channels + channel;
-            const int64_t grad_offset = args.grad_strides.offset_of(source, place.outer);
-            grads[i] = load_vector<TG, kWidth>(args.grad + grad_offset + column);
-            const int64_t offset = args.strides.offset_of(place.sample, place.outer);
-            values[i] = load_vector<TX, kWidth>(args.x + offset + column);
+            const int64_t place_in_row = place.line * lines.length + column_of_row;
+            grads[i] = load_vector<TG, kWidth>(args.grad + args.grad_strides.offset_of(source, place.row.outer) +
+                                               place_in_row);
+            values[i] = load_vector<TX, kWidth>(args.x + args.strides.offset_of(place.row.sample, place.row.outer) +
+                                                place_in_row);
           }
         }
+        place = lines.advance(place, step, args.rows);
       }
 #pragma unroll
-      for (int i = 0; i < kLinesInFlight; ++i) {
-        const int64_t line = first + i * stride;
-        if (line < lines) {
+      for (int i = 0; i < kLinesInFlight; ++i, line += stride) {
+        if (line < lines.count) {
           Vector<TX, kWidth> result{};
           if (is_kept[i]) {
+            F terms[kWidth];
+            F products[kWidth];
+            grads[i].to_opmath(products);
+            values[i].to_opmath(terms);
 #pragma unroll
             for (int j = 0; j < kWidth; ++j) {
-              const F grad = to_opmath(grads[i].values[j]);
-              sums[j] += grad * to_opmath(values[i].values[j]);
-              result.values[j] = from_opmath<TX>(grad * factors[j]);
+              terms[j] *= products[j];
+              if constexpr (kInnermost) {
+                sums[j] += terms[j];
+              } else {
+                sums[0] += j < of_first ? terms[j] : F(0);
+                sums[1] += j < of_first ? F(0) : terms[j];
+              }
+              products[j] *= factors[j];
             }
+            result = Vector<TX, kWidth>::from_opmath(products);
           }
-          if (args.grad_x != nullptr) {
-            store_vector(args.grad_x + line * channels + channel, result);
+          if (grad_x != nullptr) {
+            store_vector(grad_x, result);
+            grad_x += stride * lines.length;
           }
         }
       }
@@ -108,114 +182,112 @@ __global__ void __launch_bounds__(kThreads)
   }
 
 #pragma unroll
-  for (int j = 0; j < kWidth; ++j) {
-    shared[threadIdx.x * kWidth + j] = sums[j];
+  for (int j = 0; j < kSums; ++j) {
+    shared[j][threadIdx.x] = sums[j];
   }
   __syncthreads();
-  if (works && line_of_block == 0) {
-#pragma unroll
-    for (int j = 0; j < kWidth; ++j) {
-      F sum = 0;
-      for (int line = 0; line < columns.lines; ++line) {
-        sum += shared[(line * columns.vectors + vector) * kWidth + j];
-      }
-      args.parts[part * channels + channel + j] = sum;
+  // The sum of one of a vector's sums over the lines of the block.
+  const auto sum_of = [&](int j, int64_t vector_of_tile) {
+    F sum = 0;
+    for (int line = 0; line < tiling.lines; ++line) {
+      sum += shared[j][line * tiling.vectors + vector_of_tile];
     }
-  }
-}
-
-// How a plane, the `inner` neighbours that share a channel, is cut where it is too much for one warp.
-struct Segments {
-  int64_t count;   // of a plane
-  int64_t length;  // of all but the last, a multiple of every width
-
-  static Segments make(int64_t inner) {
-    constexpr int64_t kLength = 4096;
-    const int64_t count = (inner + kLength - 1) / kLength;
-    const int64_t length = ((inner + count - 1) / count + 15) / 16 * 16;
-    return {(inner + length - 1) / length, length};
-  }
-};
-
-// channels.inner > 1: a warp takes a segment and writes its sum.
-template <typename TG, typename TX, int kWidth>
-__global__ void __launch_bounds__(kThreads)
-    planes_backward_kernel(BackwardArgs<TG, TX> args, Segments segments, int64_t planes) {
-  using F = Opmath<TX>;
-  const int64_t inner = args.gamma.channels.inner;
-  const int64_t channels = args.gamma.channels.count;
-  const int64_t warp = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
-  const int lane = threadIdx.x % kWarp;
-  const int64_t plane = segments.count == 1 ? warp : divide(warp, segments.count);
-  if (plane >= planes) {
-    return;
-  }
-  const int64_t segment = warp - plane * segments.count;
-  const int64_t planes_per_row = divide(args.rows.length, inner);
-  const int64_t row = divide(plane, planes_per_row);
-  const RowPlace place = args.rows.place_of(row);
-  const int64_t source = args.sources(place.sample);
-  const bool is_kept = source != kDropped;
-  const int64_t column = (plane - row * planes_per_row) * inner;
-  const int64_t grad_offset = is_kept ? args.grad_strides.offset_of(source, place.outer) + column : 0;
-  const int64_t offset = args.strides.offset_of(place.sample, place.outer) + column;
-  const int64_t outer = divide(plane, channels);
-  const int64_t channel = plane - outer * channels;
-  const F factor = args.gamma.factor(args.gamma.template value<TX>(channel), args.scale);
-  const int64_t first = segment * segments.length;
-  const int64_t last = first + segments.length < inner ? first + segments.length : inner;
-
-  F sum = 0;
-#pragma unroll 4
-  for (int64_t i = first + lane * kWidth; i < last; i += kWarp * kWidth) {
-    Vector<TX, kWidth> result{};
-    if (is_kept) {
-      const auto grads = load_vector<TG, kWidth>(args.grad + grad_offset + i);
-      const auto values = load_vector<TX, kWidth>(args.x + offset + i);
+    return sum;
+  };
+  if constexpr (kInnermost) {
+    if (works && line_of_block == 0) {
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) {
-        const F grad = to_opmath(grads.values[j]);
-        sum += grad * to_opmath(values.values[j]);
-        result.values[j] = from_opmath<TX>(grad * factor);
+        args.parts[part * channels.count + column + j] = sum_of(j, threadIdx.x);
       }
     }
-    if (args.grad_x != nullptr) {
-      store_vector(args.grad_x + plane * inner + i, result);
-    }
-  }
+  } else {
+    // A warp for each channel that the tile meets, from `begin` to `end` in the line.
+    const int64_t begin = tile * tiling.vectors * kWidth;
+    const int64_t end = std::min((tile + 1) * tiling.vectors, tiling.line_vectors) * kWidth;
+    const int64_t past_channel = divide(end - 1, channels.inner) + 1;
+    const int lane = threadIdx.x % kWarp;
+    for (int64_t channel = divide(begin, channels.inner) + threadIdx.x / kWarp; channel < past_channel;
+         channel += blockDim.x / kWarp) {
+      const int64_t from = channel * channels.inner;
+      const int64_t to = from + channels.inner;
+      const int64_t first_vector = divide(std::max(from, begin) - begin, kWidth);
+      const int64_t last_vector = divide(std::min(to, end) - begin - 1, kWidth);
+      F sum = 0;
+      for (int64_t i = first_vector + lane; i <= last_vector; i += kWarp) {
+        // The channel is a vector's second if the vector begins before it.
+        sum += sum_of(begin + i * kWidth < from ? 1 : 0, i);
+      }
 #pragma unroll
-  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-    sum += __shfl_xor_sync(0xffffffff, sum, distance);
-  }
-  if (lane == 0) {
-    args.parts[(outer * segments.count + segment) * channels + channel] = sum;
+      for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+        sum += __shfl_xor_sync(0xffffffff, sum, distance);
+      }
+      if (lane == 0) {
+        // This tile is the channel's segment-th; the last one fills up the rest.
+        const int64_t segment = tile - divide(divide(from, kWidth), tiling.vectors);
+        const int64_t past = to <= end ? tiling.segments : segment + 1;
+        for (int64_t i = segment; i < past; ++i) {
+          args.parts[(part * tiling.segments + i) * channels.count + channel] = i == segment ? sum : F(0);
+        }
+      }
+    }
   }
 }
 
-// grad_gamma[channel] = scale * sum of parts[:, channel]: a block takes kWarp channels, each of its warps a share of
-// parts.
+// Of a launch with Start::kEarly: until the kernel before it has ended and what it wrote can be read.
+__device__ inline void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+constexpr int kSumThreads = 512;
+constexpr int kSumChannels = 8;  // of a block: few, so that many blocks share a sum which is short
+
+// grad_gamma[channel] = scale * sum of parts[:, channel]: a thread adds every kRows-th part, then the threads of a
+// channel add up theirs.
 template <typename T, typename F>
-__global__ void __launch_bounds__(kThreads) sum_parts_kernel(T* __restrict__ grad_gamma, const F* __restrict__ parts,
-                                                             int64_t count, int64_t channels, F scale) {
-  constexpr int kWarps = kThreads / kWarp;
-  __shared__ F shared[kWarps][kWarp];
+__global__ void __launch_bounds__(kSumThreads) sum_parts_kernel(T* __restrict__ grad_gamma, const F* __restrict__ parts,
+                                                                int64_t count, int64_t channels, F scale) {
+  constexpr int kRows = kSumThreads / kSumChannels;
+  constexpr int kWarps = kSumThreads / kWarp;
+  constexpr int kShare = kWarps / (kWarp / kSumChannels);  // of the warps' sums, for each lane of the first warp
+  __shared__ F shared[kWarps][kSumChannels];
   const int warp = threadIdx.x / kWarp;
   const int lane = threadIdx.x % kWarp;
-  const int64_t channel = static_cast<int64_t>(blockIdx.x) * kWarp + lane;
+  const int column = lane % kSumChannels;
+  const int64_t channel = static_cast<int64_t>(blockIdx.x) * kSumChannels + column;
+  // Over the lanes of a warp that have the same channel.
+  const auto sum_over_lanes = [](F sum) {
+#pragma unroll
+    for (int distance = kSumChannels; distance < kWarp; distance *= 2) {
+      sum += __shfl_xor_sync(0xffffffff, sum, distance);
+    }
+    return sum;
+  };
+  wait_for_previous_kernel();
   F sum = 0;
   if (channel < channels) {
 #pragma unroll 8
-    for (int64_t part = warp; part < count; part += kWarps) {
+    for (int64_t part = threadIdx.x / kSumChannels; part < count; part += kRows) {
       sum += parts[part * channels + channel];
     }
   }
-  shared[warp][lane] = sum;
+  sum = sum_over_lanes(sum);
+  if (lane < kSumChannels) {
+    shared[warp][lane] = sum;
+  }
   __syncthreads();
-  if (warp == 0 && channel < channels) {
-    for (int i = 1; i < kWarps; ++i) {
-      sum += shared[i][lane];
+  if (warp == 0) {
+    sum = 0;
+#pragma unroll
+    for (int i = 0; i < kShare; ++i) {
+      sum += shared[lane / kSumChannels * kShare + i][column];
     }
-    grad_gamma[channel] = from_opmath<T>(sum * scale);
+    sum = sum_over_lanes(sum);
+    if (lane < kSumChannels && channel < channels) {
+      grad_gamma[channel] = from_opmath<T>(sum * scale);
+    }
   }
 }
 

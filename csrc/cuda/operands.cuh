@@ -49,58 +49,71 @@ struct Sources {
   }
 };
 
-// The LayerScale weight, of the dtype of x or wider: of the one that is computed in.
+// The values of gamma that one vector of x meets, as they were loaded.
+template <typename T, int kWidth>
+struct GammaValues {
+  Vector<T, kWidth> values;
+  int of_first;  // elements that meet the first part, the others meet the second; or 0: one value for each
+
+  __device__ void to_opmath(Opmath<T> (&to)[kWidth]) const {
+    values.to_opmath(to);
+    if constexpr (kWidth > 1) {
+      if (of_first != 0) {
+        const auto first = to[0];
+        const auto second = to[kWidth / Vector<T, kWidth>::kParts];
+#pragma unroll
+        for (int i = 0; i < kWidth; ++i) {
+          to[i] = i < of_first ? first : second;
+        }
+      }
+    }
+  }
+};
+
+// The LayerScale weight; of type void where there is none.
+template <typename T>
 struct Gamma {
-  const void* values;  // [channels.count]
-  bool is_wide;
+  const T* values;  // [channels.count]
   bool is_aligned;  // every vector of x meets a whole vector of gamma
   Channels channels;
   float scale_rest;  // what the scale lost when it became a float32
 
+  // Those for the elements from `place` on. Nothing here waits for what is loaded, but where a vector meets more than
+  // two channels without being aligned to them.
+  template <int kWidth>
+  __device__ GammaValues<T, kWidth> load(ChannelPlace place) const {
+    if (is_aligned) {
+      return {load_vector<T, kWidth>(values + place.channel), 0};
+    }
+    const ChannelPlace next_channel{1, 0};
+    const ChannelPlace next_element{0, 1};
+    GammaValues<T, kWidth> loaded{};
+    if constexpr (kWidth == 1) {
+      loaded.values.set_part(0, values[place.channel]);
+    } else if (channels.inner >= kWidth) {
+      const int64_t left = channels.inner - place.offset;
+      loaded.values.set_part(0, values[place.channel]);
+      loaded.values.set_part(1, values[channels.advance(place, next_channel).channel]);
+      loaded.of_first = static_cast<int>(left < kWidth ? left : kWidth);
+    } else {
+      T elements[kWidth];
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) {
+        elements[i] = values[place.channel];
+        place = channels.advance(place, channels.inner == 1 ? next_channel : next_element);
+      }
+      memcpy(&loaded.values, elements, sizeof(elements));
+    }
+    return loaded;
+  }
+
   // gamma * scale, as if of the scale in double precision. An infinite gamma has no rest: it would come out as NaN.
   template <typename F>
-  __device__ F factor(F value, F scale) const {
-    return isinf(value) ? value * scale : value * scale + value * static_cast<F>(scale_rest);
-  }
-
-  template <typename TX>
-  __device__ Opmath<TX> value(int64_t channel) const {
-    return is_wide ? static_cast<const Opmath<TX>*>(values)[channel]
-                   : to_opmath(static_cast<const TX*>(values)[channel]);
-  }
-
-  // gamma * scale for the kWidth elements from `place` on.
-  template <typename TX, int kWidth>
-  __device__ void factors(Opmath<TX> (&to)[kWidth], int64_t place, Opmath<TX> scale) const {
-    int64_t channel = channels.channel_of(place);
-    if (is_aligned) {
-      if (is_wide) {
-        load<Opmath<TX>>(to, channel, scale);
-      } else {
-        load<TX>(to, channel, scale);
-      }
-      return;
-    }
-    int64_t left = channels.inner - (place - divide(place, channels.inner) * channels.inner);
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) {
-      to[i] = factor(value<TX>(channel), scale);
-      if (--left == 0) {
-        left = channels.inner;
-        channel = channel + 1 == channels.count ? 0 : channel + 1;
-      }
-    }
-  }
-
- private:
-  template <typename T, int kWidth>
-  __device__ void load(Opmath<T> (&to)[kWidth], int64_t channel, Opmath<T> scale) const {
-    const auto vector = load_vector<T, kWidth>(static_cast<const T*>(values) + channel);
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) {
-      to[i] = factor(to_opmath(vector.values[i]), scale);
-    }
+  __device__ F factor(F gamma, F scale) const {
+    return isinf(gamma) ? gamma * scale : fma(gamma, scale, gamma * static_cast<F>(scale_rest));
   }
 };
+template <>
+struct Gamma<void> {};
 
 }  // namespace droppath_ext

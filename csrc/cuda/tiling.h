@@ -12,6 +12,8 @@ namespace droppath_ext {
 constexpr int kThreads = 256;
 constexpr int kWarp = 32;
 
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // Part of one row, or several whole rows.
 struct Tile {
   int64_t first_row;
@@ -48,9 +50,6 @@ struct Tiling {
     return {first_row, first_column, static_cast<int>(rows_left < rows_per_tile ? rows_left : rows_per_tile),
             static_cast<int>(columns_left < columns_per_tile ? columns_left : columns_per_tile)};
   }
-
- private:
-  static constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 };
 
 }  // namespace droppath_ext
