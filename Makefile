@@ -1,4 +1,4 @@
-# make bench · make test · make lint · make sass · make gpu-check
+# make bench · make test · make lint · make sass · make gpu-check · make gpu-tune
 #
 # Each does its own set-up in .venv, or uses the interpreter that PYTHON= names as it is:
 #   make test PYTHON=/opt/conda/bin/python
@@ -25,7 +25,7 @@ endif
 
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: bench test lint sass gpu-check build clean
+.PHONY: bench test lint sass gpu-check gpu-tune build clean
 
 bench: build
 	$(PYTHON) benchmarks/run.py $(BENCH_ARGS)
@@ -45,6 +45,9 @@ sass: build
 
 gpu-check: $(ENVIRONMENT)
 	$(PYTHON) benchmarks/gpu_check.py $(GPU_CHECK_ARGS)
+
+gpu-tune: build
+	timeout -k 5 590 $(PYTHON) benchmarks/tune.py $(GPU_TUNE_ARGS)
 
 build: $(BUILD)
 

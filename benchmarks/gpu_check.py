@@ -51,11 +51,11 @@ STAGES: tuple[tuple[int, tuple[Part, ...]], ...] = (
         100,
         (
             Part("info", "python -m droppath_ext.info", "python -m droppath_ext.info"),
-            # What only a GPU shows; odd geometry and layouts; each op against its formula.
+            # What only a GPU shows; odd layouts; each op against its formula.
             Part(
                 "tests of cuda", f"{PYTEST} tests/test_cuda.py", f"{PYTEST} tests/test_install.py -k test_info_passes"
             ),
-            tests("geometry", "draws"),
+            tests("ops", "certain_outcomes"),
             tests("layouts", "one_dimensional"),
             tests("fuse semantics errors", "native_drop_prob"),
             tests("skip random", "few_samples"),
@@ -140,6 +140,8 @@ def run(seconds: int, parts: tuple[Part, ...], dry_run: bool, environment: dict[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry-run", action="store_true", help="without a GPU, small, on the host's kernels")
+    names = [part.name for _, parts in STAGES for part in parts]
+    parser.add_argument("--part", action="append", choices=names, help="only this one; default: all")
     arguments = parser.parse_args()
 
     import torch
@@ -156,7 +158,8 @@ def main() -> None:
     OUT.mkdir(parents=True, exist_ok=True)
     failed = []
     for seconds, parts in STAGES:  # the host is slow
-        failed += run(600 if arguments.dry_run else seconds, parts, arguments.dry_run, environment)
+        chosen = tuple(part for part in parts if part.name in (arguments.part or names))
+        failed += run(600 if arguments.dry_run else seconds, chosen, arguments.dry_run, environment)
     if failed:
         print(f"gpu-check: failed: {', '.join(failed)}; the logs are in {OUT}")
         sys.exit(1)

@@ -117,8 +117,8 @@ __global__ void __launch_bounds__(kThreads) gamma_grad_kernel(BackwardArgs<TG, T
   F sums[kSums] = {};
   if (works) {
     const ChannelPlace channel = channels.place_of(column);
-    const int64_t of_first =
-        channels.inner - channel.offset;  // elements of the vector that belong to its first channel
+    // Elements of the vector that belong to its first channel.
+    const int64_t of_first = channels.inner - channel.offset;
     F factors[kWidth];
     args.gamma.template load<kWidth>(channel).to_opmath(factors);
 #pragma unroll
