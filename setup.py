@@ -139,9 +139,6 @@ setup(
             define_macros=[(name, value and f'"{value}"') for name, value in macros.items()],
             extra_compile_args=flags,
             library_dirs=cudart_dirs(toolkit) if toolkit else [],
-            # By name, since some compilers link it statically unless told: a second copy beside torch's crashes as soon
-            # as a message prints a number.
-            libraries=["stdc++"] if sys.platform == "linux" else [],
             depends=[str(path) for path in Path("csrc").rglob("*.*") if path.suffix not in (".cpp", ".cu")],
         )
     ],

@@ -25,8 +25,7 @@ HOST_SOURCES = ROOT / "tests/cuda_on_host"
 SUFFIXES = {".h", ".inc", ".cpp", ".cuh", ".cu"}
 # The shim switches stacks, and the kernels read memory as other types than it was written as, as CUDA allows. A GPU
 # contracts a * b + c to one rounding; so must the host, if it is to give the same bits.
-HOST_FLAGS = ["-O2", "-mfma", "-ffp-contract=fast", "-fno-strict-aliasing"]
-HOST_WARNINGS_OFF = ["-Wno-unknown-pragmas", "-Wno-sign-compare", "-Wno-class-memaccess"]
+HOST_FLAGS = ["-O2", "-mfma", "-ffp-contract=fast", "-fno-strict-aliasing", "-w"]
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,7 @@ def _library(name: str, compilers: Mapping[Path, Sequence[str]], depends: Iterab
         unfinished = Path(folder, "unfinished.so")
         sanitizers = {flag for compiler in compilers.values() for flag in compiler if flag.startswith("-fsanitize=")}
         linker = [last_build().cxx, "-shared", "-Wl,-Bsymbolic", *sorted(sanitizers)]
-        _run([*linker, *objects.values(), "-o", unfinished, _C.__file__, "-lstdc++"])
+        _run([*linker, *objects.values(), "-o", unfinished, _C.__file__])
         unfinished.rename(library)  # whole, or not there
     return library
 
@@ -133,10 +132,8 @@ def host_library(tree: Path = ROOT, name: str = "host", flags: Sequence[str] = (
     """
     build = last_build()
     includes = [f"-I{HOST_SOURCES / 'include'}", f"-I{tree}", f"-I{HOST_SOURCES}"]
-    compiler = [build.cxx, *includes, *build.cxx_flags, *HOST_FLAGS, *HOST_WARNINGS_OFF]
-    scheduler = HOST_SOURCES / "cuda_on_host.cpp"
-    kernels = sorted(set(HOST_SOURCES.glob("*.cpp")) - {scheduler})
-    compilers = {scheduler: compiler, **dict.fromkeys(kernels, [*compiler, *flags])}
+    compiler = [build.cxx, *includes, *build.cxx_flags, *HOST_FLAGS]
+    compilers = {HOST_SOURCES / "kernels.cpp": [*compiler, *flags], HOST_SOURCES / "cuda_on_host.cpp": compiler}
     return _library(name, compilers, [tree / "csrc", HOST_SOURCES])
 
 
