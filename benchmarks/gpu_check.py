@@ -51,11 +51,11 @@ STAGES: tuple[tuple[int, tuple[Part, ...]], ...] = (
         100,
         (
             Part("info", "python -m droppath_ext.info", "python -m droppath_ext.info"),
-            # What only a GPU shows; odd layouts; each op against its formula.
+            # What only a GPU shows; odd geometry and layouts; each op against its formula.
             Part(
                 "tests of cuda", f"{PYTEST} tests/test_cuda.py", f"{PYTEST} tests/test_install.py -k test_info_passes"
             ),
-            tests("ops", "certain_outcomes"),
+            tests("ops geometry", "certain_outcomes"),
             tests("layouts", "one_dimensional"),
             tests("fuse semantics errors", "native_drop_prob"),
             tests("skip random", "few_samples"),
