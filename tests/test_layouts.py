@@ -553,3 +553,21 @@ def test_skip_writes_nothing_outside_the_output(device, sampling):
     before = base.clone()
     checked_skip(base[:, 5:37], _Wave(), sampling=sampling)
     assert_same_bits(base, before)
+
+
+def test_gathered_rows_with_gaps_and_channels_outside_of_the_samples(device):
+    """No vector may reach from one row into the next: what lies between them belongs to nobody."""
+
+    def padded(samples, seed):
+        return random_tensor((2, samples, 4), device=device, seed=seed)[:, :, :3].transpose(0, 1)
+
+    y, grad, gamma = padded(4, 0), padded(8, 1), random_tensor((2, 1), device=device, seed=2)
+    kept = torch.tensor([0, 2, 3, 5], device=device)
+    slots = torch.full((8,), -1, device=device)
+    slots[kept] = torch.arange(4, device=device)
+    arguments = (grad, y, gamma, slots, kept, 2.0, torch.float32, (True, True))
+    grad_y, grad_gamma = torch.ops.droppath_ext.scatter_add_backward(*arguments)
+    exact = grad[kept].double() * gamma.double() * 2.0
+    assert_rounded_once(grad_y, exact, exact.abs())
+    terms = grad[kept].double() * y.double() * 2.0
+    assert_rounded_once(grad_gamma, terms.sum((0, 2)).view(2, 1), terms.abs().sum((0, 2)).view(2, 1))

@@ -594,8 +594,8 @@ def test_module_repr_and_parameters():
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_module_trains(device, sampling):
-    """A target that only the branch and gamma reach. A quarter of the loss is the expected end: with p = 0.5, half of
-    the way to the target minimises what the kept and the dropped samples miss it by."""
+    """A target that only the branch and gamma reach. With p = 0.5 training ends half-way to it, where a quarter of the
+    squared loss is left."""
     torch.manual_seed(3)
     module = StochasticDepth(torch.nn.Linear(4, 4), 0.5, dim=4, init_values=0.5, sampling=sampling).to(device)
     x = random_tensor((64, 4), device=device)

@@ -155,8 +155,8 @@ at::Tensor backward_kept(const at::Tensor* grad_x, const at::Tensor& layout, con
   };
   // A vector holds whole channels, or parts of two at most.
   const bool is_innermost = channels.inner == 1;
-  const bool vectorizes = (is_innermost ? channels.count : channels.period()) % kWidth == 0 &&
-                          (is_innermost || channels.inner >= kWidth) &&
+  const bool vectorizes = rows.length % kWidth == 0 && channels.period() % kWidth == 0 &&
+                          (is_innermost ? channels.count % kWidth == 0 : channels.inner >= kWidth) &&
                           is_vectorizable<kWidth>(args.grad, grad_rows.strides) &&
                           is_vectorizable<kWidth>(args.x, x_rows.strides) && is_aligned<kWidth>(args.grad_x);
   if (!vectorizes) {

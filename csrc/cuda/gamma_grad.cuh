@@ -29,9 +29,9 @@ struct BackwardArgs {
   Opmath<TX> scale;
 };
 
-// How blocks share the lines. A line is the memory behind which the channels come again: a token's in [B, N, D], a
-// whole sample's in [B, C, H, W]. A block takes a tile of the line and walks over the lines with it, so that each of
-// its threads meets the same channels in all of them and keeps their sums in registers.
+// How blocks share the lines. A line is the shortest run of memory that holds every channel once: a token of [B, N, D],
+// a sample of [B, C, H, W]. A block takes a tile, part of a line or a whole one, and walks over the lines with it, so
+// that each of its threads meets the same channels in all of them and keeps their sums in registers.
 struct LineTiling {
   int64_t line_vectors;
   int64_t tiles;     // of a line
@@ -242,14 +242,14 @@ __device__ inline void wait_for_previous_kernel() {
 }
 
 constexpr int kSumThreads = 512;
-constexpr int kSumChannels = 8;  // of a block: few, so that many blocks share a sum which is short
+constexpr int kSumChannels = 8;  // of a block; few, because the sums are short: many small blocks end sooner
 
-// grad_gamma[channel] = scale * sum of parts[:, channel]: a thread adds every kRows-th part, then the threads of a
-// channel add up theirs.
+// grad_gamma[channel] = scale * sum of parts[:, channel]: a thread adds every kPartsAtATime-th part, then the threads
+// of a channel add up theirs.
 template <typename T, typename F>
 __global__ void __launch_bounds__(kSumThreads) sum_parts_kernel(T* __restrict__ grad_gamma, const F* __restrict__ parts,
                                                                 int64_t count, int64_t channels, F scale) {
-  constexpr int kRows = kSumThreads / kSumChannels;
+  constexpr int kPartsAtATime = kSumThreads / kSumChannels;
   constexpr int kWarps = kSumThreads / kWarp;
   constexpr int kShare = kWarps / (kWarp / kSumChannels);  // of the warps' sums, for each lane of the first warp
   __shared__ F shared[kWarps][kSumChannels];
@@ -269,7 +269,7 @@ __global__ void __launch_bounds__(kSumThreads) sum_parts_kernel(T* __restrict__ 
   F sum = 0;
   if (channel < channels) {
 #pragma unroll 8
-    for (int64_t part = threadIdx.x / kSumChannels; part < count; part += kRows) {
+    for (int64_t part = threadIdx.x / kSumChannels; part < count; part += kPartsAtATime) {
       sum += parts[part * channels + channel];
     }
   }

@@ -12,17 +12,17 @@
 
 namespace droppath_ext {
 
-inline int device_attribute(cudaDeviceAttr attribute) {
-  int device = 0;
-  int value = 0;
-  C10_CUDA_CHECK(cudaGetDevice(&device));
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, device));
-  return value;
-}
-
-// When a kernel starts: in order, behind the end of the one before it. Or early, if the device can (sm_90 and later):
-// its blocks are set up while that one still runs, and call wait_for_previous_kernel() before they read what it wrote.
+// kInOrder: after the kernel before it in the stream has ended. kEarly, from sm_90 on: its blocks are set up while that
+// kernel still runs; it calls wait_for_previous_kernel() before it reads what that kernel wrote.
 enum class Start { kInOrder, kEarly };
+
+// Whether the kernel was compiled for an architecture that has kEarly; of a device of that kind, one that was compiled
+// for an older one does not wait.
+inline bool can_start_early(const void* kernel) {
+  cudaFuncAttributes attributes{};
+  C10_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
+  return attributes.ptxVersion >= 90;
+}
 
 // On the current stream; nothing for no blocks. The arguments convert to the kernel's parameters.
 template <Start kStart = Start::kInOrder, typename... Parameters, typename... Arguments>
@@ -39,7 +39,7 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, const Ar
   cudaLaunchAttribute early{};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
-  if (kStart == Start::kEarly && device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9) {
+  if (kStart == Start::kEarly && can_start_early(reinterpret_cast<const void*>(kernel))) {
     config.attrs = &early;
     config.numAttrs = 1;
   }
@@ -49,10 +49,14 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, const Ar
 // Blocks of this kernel, as it was compiled, that all multiprocessors of the current device hold together: one wave.
 template <typename... Parameters>
 int64_t blocks_of_a_wave(void (*kernel)(Parameters...), int threads) {
+  int device = 0;
+  int multiprocessors = 0;
   int blocks = 0;
+  C10_CUDA_CHECK(cudaGetDevice(&device));
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
   C10_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, reinterpret_cast<const void*>(kernel), threads,
                                                                /*dynamicSMemSize=*/0));
-  return std::max<int64_t>(int64_t{blocks} * device_attribute(cudaDevAttrMultiProcessorCount), 1);
+  return std::max<int64_t>(int64_t{blocks} * multiprocessors, 1);
 }
 
 }  // namespace droppath_ext

@@ -53,7 +53,9 @@ struct Sources {
 template <typename T, int kWidth>
 struct GammaValues {
   Vector<T, kWidth> values;
-  int of_first;  // elements that meet the first part, the others meet the second; or 0: one value for each
+  // How many of the elements belong to the first channel, whose gamma is in part 0 of the vector; the rest belong to
+  // the next one, in part 1. 0: a value for each element.
+  int of_first;
 
   __device__ void to_opmath(Opmath<T> (&to)[kWidth]) const {
     values.to_opmath(to);
@@ -78,8 +80,8 @@ struct Gamma {
   Channels channels;
   float scale_rest;  // what the scale lost when it became a float32
 
-  // Those for the elements from `place` on. Nothing here waits for what is loaded, but where a vector meets more than
-  // two channels without being aligned to them.
+  // Those for the elements from `place` on. No load is waited for here, but in the last branch: channels shorter than a
+  // vector, or vectors that are not aligned to them.
   template <int kWidth>
   __device__ GammaValues<T, kWidth> load(ChannelPlace place) const {
     if (is_aligned) {
