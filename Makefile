@@ -1,4 +1,4 @@
-# make bench · make test · make lint · make sass · make gpu-check · make gpu-tune
+# make bench · make test · make test-kernels · make mutants · make lint · make sass · make gpu-check · make gpu-tune
 #
 # Each does its own set-up in .venv, or uses the interpreter that PYTHON= names as it is:
 #   make test PYTHON=/opt/conda/bin/python
@@ -25,13 +25,26 @@ endif
 
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: bench test lint sass gpu-check gpu-tune build clean
+.PHONY: bench test test-kernels mutants lint sass gpu-check gpu-tune build clean
 
 bench: build
 	$(PYTHON) benchmarks/run.py $(BENCH_ARGS)
 
 test: build
 	$(PYTHON) -m pytest $(TEST_ARGS)
+
+# The source of the CUDA kernels on the host: all tests of ops, then a choice under each of the other builds.
+ON_HOST := $(PYTHON) tests/cuda_on_host/run.py
+test-kernels: build
+	$(ON_HOST) plain tests/cuda_on_host/check_*.py $(addprefix tests/test_,geometry.py semantics.py layouts.py fuse.py \
+	  skip.py ops.py autograd.py random.py)
+	for build in reversed pattern address thread; do \
+	  $(ON_HOST) $$build tests/cuda_on_host/check_*.py tests/test_geometry.py tests/test_fuse.py \
+	    -k "check_ or geometry or at_most_one_copy or error_is_at_most" || exit 1; \
+	done
+
+mutants: build
+	$(PYTHON) tests/mutants.py $(MUTANTS)
 
 lint: $(ENVIRONMENT)
 	$(PYTHON) -m ruff check .
@@ -46,8 +59,8 @@ sass: build
 gpu-check: $(ENVIRONMENT)
 	$(PYTHON) benchmarks/gpu_check.py $(GPU_CHECK_ARGS)
 
-gpu-tune: build
-	timeout -k 5 590 $(PYTHON) benchmarks/tune.py $(GPU_TUNE_ARGS)
+gpu-tune: $(ENVIRONMENT)
+	timeout -k 5 590 sh -c '$(MAKE) build PYTHON=$(PYTHON) && $(PYTHON) benchmarks/tune.py $(GPU_TUNE_ARGS)'
 
 build: $(BUILD)
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-OUT = Path(os.environ.get("OUT") or ROOT / "build/gpu-check")
+OUT = Path(os.environ.get("OUT") or ROOT / "build/gpu-check").resolve()
 
 
 @dataclass(frozen=True)

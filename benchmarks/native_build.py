@@ -88,6 +88,11 @@ def changed_tree(name: str, changes: Iterable[Change], folder: str = "csrc") -> 
     return tree
 
 
+def jobs() -> int:
+    """Compilers at a time."""
+    return int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+
+
 def _run(command: Sequence[str | Path]) -> None:
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
@@ -110,7 +115,7 @@ def _library(name: str, compilers: Mapping[Path, Sequence[str]], depends: Iterab
     LIBRARIES.mkdir(parents=True, exist_ok=True)
     with (
         tempfile.TemporaryDirectory(dir=LIBRARIES) as folder,
-        ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool,
+        ThreadPoolExecutor(jobs()) as pool,
     ):
         objects = {source: Path(folder, f"{source.stem}.o") for source in compilers}
         commands = [[*compiler, "-c", source, "-o", objects[source]] for source, compiler in compilers.items()]
@@ -164,6 +169,6 @@ def compile_cubins(archs: Iterable[int]) -> list[Path]:
         return cubin
 
     sources = sorted(ROOT.glob("csrc/cuda/*.cu"))
-    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-        jobs = [pool.submit(compile_cubin, source, arch) for arch in archs for source in sources]
-        return [job.result() for job in jobs]
+    with ThreadPoolExecutor(jobs()) as pool:
+        cubins = [pool.submit(compile_cubin, source, arch) for arch in archs for source in sources]
+        return [cubin.result() for cubin in cubins]

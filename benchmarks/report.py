@@ -57,7 +57,7 @@ def environment(device: torch.device, quick: bool) -> dict:
         "threads": torch.get_num_threads(),
         "quick": quick,
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": " ".join(["python benchmarks/run.py", *sys.argv[1:]]),
+        "command": " ".join([f"python benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "commit": commit(),
         "malloc": {key: value for key, value in os.environ.items() if key.startswith("MALLOC_")},
         "versions": versions,

@@ -298,7 +298,12 @@ def default_archs() -> list[int]:
 
 
 def parse_archs(text: str) -> list[int]:
-    return [int(re.sub(r"\D", "", arch)) for arch in text.split(",")]
+    """Of "8.0,9.0" or "12.0+PTX"."""
+    archs = [int(re.sub(r"\D", "", arch) or 0) for arch in text.split(",")]
+    if unknown := [arch for arch in archs if arch not in LIMITS]:
+        known = ", ".join(f"{arch // 10}.{arch % 10}" for arch in LIMITS)
+        raise argparse.ArgumentTypeError(f"sm_{unknown[0]} is none of the architectures it knows: {known}")
+    return archs
 
 
 def tables(kernels: Sequence[Kernel], quote: str = "") -> list:
@@ -337,9 +342,13 @@ def main() -> None:
     if cuobjdump is None:
         sys.exit("sass: no cuobjdump and nvdisasm: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
     files = arguments.files
+    if arguments.compile and files:
+        parser.error("--compile takes no files: it compiles csrc/cuda.")
     if arguments.compile:
         import native_build
 
+        if reason := native_build.without_cuda():
+            sys.exit(f"sass: {reason}")
         files = native_build.compile_cubins(arguments.arch or default_archs())
     elif not files:
         from droppath_ext import _C

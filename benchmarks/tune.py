@@ -98,6 +98,10 @@ VARIANTS: dict[str, list[Change]] = {
     "gamma_grad: half a wave": [waves("/ 2")],
     "gamma_grad: two waves": [waves("* 2")],
     "gamma_grad: eight waves": [waves("* 8")],
+    "sum_parts: 256 threads": [Change(GAMMA_GRAD, "kSumThreads = 512;", "kSumThreads = 256;")],
+    "sum_parts: 1024 threads": [Change(GAMMA_GRAD, "kSumThreads = 512;", "kSumThreads = 1024;")],
+    "sum_parts: 32 channels": [Change(GAMMA_GRAD, "kSumChannels = 8;", "kSumChannels = 32;")],
+    "sum_parts: in order": [Change(LAUNCHER, "launch<Start::kEarly>", "launch<Start::kInOrder>")],
     "plain store": [store("reinterpret_cast<Word*>(to)[i] = words[i];")],
     "streaming store": [store("__stcs(reinterpret_cast<Word*>(to) + i, words[i]);")],
     "store past L1": [store("__stcg(reinterpret_cast<Word*>(to) + i, words[i]);")],
@@ -228,7 +232,7 @@ def table(results: dict) -> list:
     """A row for each variant, a column for each case."""
     from report import Table
 
-    names = list(next(iter(results["variants"].values())))
+    names = list(dict.fromkeys(name for measured in results["variants"].values() for name in measured))
     made = []
     for dtype in ("f32", "bf16"):
         columns = [name for name in names if name.endswith(dtype)]
@@ -263,19 +267,19 @@ def main() -> None:
             native_build.changed_tree("tune-fits", [TWO_DTYPES, *VARIANTS[name]])
         names = names[:1]
     start = time.perf_counter()
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(native_build.jobs()) as pool:
         libraries = dict(zip(names, pool.map(build, names, itertools.repeat(device)), strict=True))
     print(f"tune: built {len(names)} variants in {time.perf_counter() - start:.0f} s", flush=True)
 
     chosen = cases(device)
     results: dict = {"environment": environment(device, quick=False), "variants": {}, "failed": {}}
-    expected: list[list[Tensor]] = []
+    expected = [results_of(case) for case in chosen]  # the extension's
     for name, library in libraries.items():
         if isinstance(library, str):
             results["failed"][name] = library
             continue
         load_variant(name, library, device)
-        if not expected:
+        if arguments.dry_run:  # whose kernels for the CPU round at other places
             expected = [results_of(case) for case in chosen]
         measured = results["variants"].setdefault(name, {})
         for case, wanted in zip(chosen, expected, strict=True):
@@ -287,14 +291,16 @@ def main() -> None:
             except RuntimeError as error:  # too many resources for a launch, say
                 results["failed"][f"{name}, {case.name}"] = str(error)
         print(f"tune: {name}: measured after {time.perf_counter() - start:.0f} s", flush=True)
-        if arguments.json:  # whatever comes later, this is kept
-            arguments.json.parent.mkdir(parents=True, exist_ok=True)
-            arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+        for path, text in (
+            (arguments.json, json.dumps(results, indent=1) + "\n"),
+            (arguments.markdown, "\n".join(made.markdown() for made in table(results))),
+        ):
+            if path:  # whatever comes later, this is kept
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(text)
     console = Console(width=200)
     for made in table(results):
         made.show(console)
-    if arguments.markdown:
-        arguments.markdown.write_text("\n".join(made.markdown() for made in table(results)))
     for name, reason in results["failed"].items():
         print(f"tune: {name}: {reason}")
     if results["failed"]:
