@@ -1,0 +1,323 @@
+"""Promise: offsets beyond 2**31 are right, in the index functions and in the kernels.
+
+The tensors of this file are larger than the memory that they use: they are written in a few places, and only the blocks
+that meet those places run.
+"""
+
+import math
+
+import pytest
+import torch
+from conftest import along, assert_rounded_once, assert_same_bits, predict_keep, random_tensor, seeded
+from cuda_on_host.plugin import OPS as HOST
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_geometry import assert_gradients
+
+OPS = torch.ops.droppath_ext
+
+# --- the index functions, against integers without an end ---
+
+explored = settings(deadline=None, derandomize=True, max_examples=300)
+# Few, or near a power of two.
+SIZES = st.integers(1, 40) | st.builds(
+    lambda bits, step: max(2**bits + step, 1), st.integers(3, 40), st.integers(-2, 2)
+)
+WIDTHS = st.sampled_from([1, 2, 4, 8])
+LIMIT = 2**58
+
+
+def below(limit):
+    """A number from 0 on: often one of the last."""
+    return st.integers(0, limit - 1) | st.builds(lambda step: max(limit - 1 - step, 0), st.integers(0, 3))
+
+
+def sizes(count):
+    return st.tuples(*[SIZES] * count).filter(lambda drawn: math.prod(drawn) < LIMIT)
+
+
+@explored
+@given(st.integers(0, 2**62), st.integers(1, 2**62) | SIZES)
+def test_divide(a, b):
+    assert HOST.divide(a, b) == a // b
+
+
+@explored
+@given(st.data(), sizes(3))
+def test_place_of_a_row(data, drawn):
+    samples, outer, length = drawn
+    rows = [samples * outer, length, samples]
+    row = data.draw(below(samples * outer))
+    step = data.draw(below(samples * outer - row))
+    place = HOST.row_place(rows, row)
+    assert place == [row % samples, row // samples]
+    assert HOST.row_advance(rows, place, HOST.row_place(rows, step)) == HOST.row_place(rows, row + step)
+
+
+@explored
+@given(st.integers(-(2**40), 2**40), st.integers(-(2**40), 2**40), st.integers(0, 2**21), st.integers(0, 2**21))
+def test_offset_of_a_row(sample_stride, outer_stride, source, outer):
+    offset = HOST.row_offset([sample_stride, outer_stride], source, outer)
+    assert offset == source * sample_stride + outer * outer_stride
+
+
+@explored
+@given(SIZES, SIZES, st.integers(0, 2**61), st.integers(0, 2**61))
+def test_place_of_a_channel(inner, count, place, step):
+    channels = [inner, count]
+    assert HOST.channel_place(channels, place) == [place // inner % count, place % inner]
+    advanced = HOST.channel_advance(channels, *(HOST.channel_place(channels, n) for n in (place, step)))
+    assert advanced == HOST.channel_place(channels, place + step)
+
+
+@explored
+@given(st.data(), sizes(3), WIDTHS, st.sampled_from([256, 512, 1024]))
+def test_tiles(data, drawn, width, vectors):
+    """They follow each other without a gap, hold whole vectors, and no more than a block takes."""
+    samples, outer, length = drawn[0], drawn[1], drawn[2] * width
+    rows = [samples * outer, length, samples]
+    tiles = HOST.tiles(rows, vectors, width)
+    index = data.draw(below(tiles))
+    row, column, of_rows, columns = HOST.tile(rows, vectors, width, index)
+    assert 0 < of_rows * columns <= vectors * width
+    assert of_rows <= vectors
+    assert column % width == columns % width == 0
+    assert of_rows == 1 or columns == length
+    if index == 0:
+        assert row == column == 0
+    after = HOST.tile(rows, vectors, width, index + 1) if index + 1 < tiles else [samples * outer, 0]
+    assert row * length + column + (of_rows - 1) * length + columns == after[0] * length + after[1]
+
+
+@explored
+@given(st.data(), sizes(2), WIDTHS)
+def test_tiles_of_a_line(data, drawn, width):
+    """At most 256 vectors for a block; and a channel meets no more tiles than it has parts."""
+    inner, count = drawn[0], drawn[1] * width
+    line_vectors, tiles, vectors, lines, segments, threads = HOST.line_tiling([inner, count], width)
+    assert line_vectors * width == inner * count
+    assert (tiles - 1) * vectors < line_vectors <= tiles * vectors
+    assert vectors * lines <= threads <= 256
+    assert lines == 1 or tiles == 1
+    channel = data.draw(below(count))
+    first, last = (place // width // vectors for place in (channel * inner, (channel + 1) * inner - 1))
+    assert last - first < segments
+
+
+@explored
+@given(st.data(), sizes(4), st.booleans())
+def test_place_of_a_line(data, drawn, rows_hold_lines):
+    """The rows of the line's elements, whichever holds the other."""
+    samples, outer, inner, many = drawn
+    if rows_hold_lines:
+        rows, channels, per_row, rows_of_line = [samples * outer, inner * many, samples], [inner, 1], many, 1
+    else:
+        rows, channels, per_row, rows_of_line = [samples * outer * many, inner, samples], [inner, many], 1, many
+    lines = HOST.lines(rows, channels)
+    count = samples * outer * (many if rows_hold_lines else 1)
+    assert lines == [count, math.prod(channels), per_row, rows_of_line]
+    line = data.draw(below(count))
+    step = data.draw(below(count - line))
+    row_of_line = data.draw(below(rows_of_line))
+
+    def place_of(line):
+        row = line // per_row * rows_of_line + row_of_line
+        return [row % samples, row // samples, line % per_row]
+
+    assert HOST.line_place(lines, rows, line, row_of_line) == place_of(line)
+    advanced = HOST.line_advance(lines, rows, place_of(line), HOST.line_place(lines, rows, step, 0))
+    assert advanced == place_of(line + step)
+
+
+# --- the kernels ---
+
+HALF = torch.float16
+FAR = 2**31
+# In the order of memory, and the view of that; the samples are the last dim but one.
+LAYOUTS = {
+    "contiguous": ((2049, 2**20), lambda t: t),
+    "sequence_first": ((2049, 32, 2**15), lambda t: t.transpose(0, 1)),
+}
+# Shapes, and the dim of gamma: a line is a token, or a sample.
+GAMMA_SHAPES = {"tokens": ((2050, 512, 2048), 2), "images": ((514, 64, 256, 256), 1)}
+
+
+@pytest.fixture(autouse=True)
+def _as_before():
+    yield
+    HOST.configure(3, False, -1)
+    HOST.run_blocks(0, 2**63 - 1)
+    HOST.record_stores(False)
+
+
+def fill(numbers, begin, end, seed):
+    part = numbers[max(begin, 0) : end]
+    part.copy_(random_tensor(part.shape, HALF, seed=seed))
+
+
+def numbers_near(total, seed):
+    """So many, of which those around FAR and the last ones are written."""
+    numbers = torch.empty(total, dtype=HALF)
+    for place in (FAR, total):
+        fill(numbers, place - 2**14, place + 2**14, seed)
+    return numbers
+
+
+def in_memory(tensor):
+    """The elements of a dense tensor in the order of memory."""
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def run_blocks(function, first, last):
+    """What a function gives if its kernels run these blocks alone, in the order of memory; and the runs written."""
+    HOST.run_blocks(first, last)
+    HOST.record_stores(True)
+    out = in_memory(function())
+    places = [(place - out.data_ptr()) // out.element_size() for place in HOST.recorded_stores()]
+    HOST.record_stores(False)
+    return out, list(zip(places[::2], places[1::2], strict=True))
+
+
+def run_near(function, places):
+    """For each place the output of the block that writes it and of the one before, and from where to where that is."""
+    _, [(_, of_a_block)] = run_blocks(function, 0, 0)
+    for place in places:
+        block = place // of_a_block
+        out, [(begin, end)] = run_blocks(function, block - 1, block)
+        assert begin < place < end
+        yield out, begin, end
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("with_gamma", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_drop_path_add(layout, with_gamma, seed):
+    shape, view = LAYOUTS[layout]
+    total, length = math.prod(shape), shape[-1]
+    x, residual = numbers_near(total, seed=1), numbers_near(total, seed=2)
+    gamma = random_tensor((length,), HALF, seed=3) if with_gamma else None
+    keep = predict_keep(view(x.view(shape)), 0.5, generator=seeded("cpu", seed))
+
+    def function():
+        operands = view(x.view(shape)), view(residual.view(shape)), gamma
+        return OPS.drop_path_add(*operands, 0.5, True, True, seeded("cpu", seed))[0]
+
+    for out, begin, end in run_near(function, (FAR, total - 1)):
+        places = torch.arange(begin, end)
+        branch = x[begin:end].double() * 2 * (gamma[places % length].double() if with_gamma else 1)
+        branch[~keep[places // length % shape[-2]]] = 0
+        terms = residual[begin:end].double()
+        assert_rounded_once(out[begin:end], terms + branch, terms.abs() + branch.abs())
+
+
+def test_backward_of_small_samples():
+    """More rows than 2**31."""
+    total = FAR + 2**12
+    grad, keep = numbers_near(total, seed=1), torch.empty(total, dtype=torch.bool)
+    for place in (FAR, total):
+        keep[place - 2**14 : place + 2**14] = grad[place - 2**14 : place + 2**14] > 0.3
+
+    def function():
+        return OPS.drop_path_backward(grad.view(-1, 1), keep, 2.0)
+
+    for grad_x, begin, end in run_near(function, (FAR, total - 1)):
+        assert_same_bits(grad_x[begin:end], torch.where(keep[begin:end], grad[begin:end] * 2, 0.0))
+
+
+@pytest.mark.parametrize("name", GAMMA_SHAPES)
+def test_backward_with_gamma(name):
+    """A block walks over the lines; with so many multiprocessors each has two: one in each half."""
+    shape, dim = GAMMA_SHAPES[name]
+    total, line, inner = math.prod(shape), math.prod(shape[dim:]), math.prod(shape[dim + 1 :])
+    grad, x = torch.empty(total, dtype=HALF), torch.empty(total, dtype=HALF)
+    gamma = random_tensor((shape[dim],), HALF, seed=3)
+    keep = torch.arange(shape[0]) % 3 != 0
+    HOST.configure(2**22, False, -1)
+
+    def function():
+        operands = grad.view(shape), x.view(shape), along(dim, gamma, len(shape)), keep
+        return OPS.drop_path_add_backward(*operands, 2.0, HALF, (True, True))[0]
+
+    _, [(_, of_a_block), _] = run_blocks(function, 0, 0)
+    for place in (FAR, total - 1):
+        block = (place // line - total // line // 2) * (line // of_a_block) + place % line // of_a_block
+        _, runs = run_blocks(function, block, block)
+        assert len(runs) == 2
+        assert runs[1][0] <= place < runs[1][1]
+        for seed, run in enumerate(runs):
+            fill(grad, *run, seed)
+        grad_x, _ = run_blocks(function, block, block)
+        for begin, end in runs:
+            places = torch.arange(begin, end)
+            exact = grad[begin:end].double() * 2 * gamma[places // inner % shape[dim]].double()
+            exact[~keep[places // (total // shape[0])]] = 0
+            assert_rounded_once(grad_x[begin:end], exact, exact.abs())
+
+
+@pytest.mark.parametrize("name", GAMMA_SHAPES)
+def test_gradient_of_gamma(name):
+    shape, dim = GAMMA_SHAPES[name]
+    grad, x = torch.empty(shape, dtype=HALF), torch.empty(shape, dtype=HALF)
+    gamma = along(dim, torch.ones(shape[dim], dtype=HALF), len(shape))
+    keep = torch.zeros(shape[0], dtype=torch.bool)
+    terms = torch.zeros(shape[1:], dtype=torch.float64)
+    magnitudes = torch.zeros_like(terms)
+    for sample in (FAR // math.prod(shape[1:]), shape[0] - 1):
+        keep[sample] = True
+        for seed, tensor in enumerate((grad, x)):
+            tensor[sample] = random_tensor(shape[1:], HALF, seed=sample + seed)
+        products = grad[sample].double() * x[sample].double() * 2
+        terms += products
+        magnitudes += products.abs()
+    _, grad_gamma = OPS.drop_path_add_backward(grad, x, gamma, keep, 2.0, HALF, (False, True))
+    assert_rounded_once(grad_gamma, terms.sum_to_size(gamma.shape), magnitudes.sum_to_size(gamma.shape))
+
+
+def index_of(kept, size):
+    """int64 tensors: the kept samples, and the place of each sample among them, or -1."""
+    slots = torch.full((size,), -1)
+    slots[kept] = torch.arange(len(kept))
+    return torch.tensor(kept), slots
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gather(layout):
+    shape, view = LAYOUTS[layout]
+    total, samples, length = math.prod(shape), *shape[-2:]
+    x = numbers_near(total, seed=1)
+    kept, slots = index_of([samples - 1, samples - 2], samples)
+
+    def function():
+        return OPS.gather(view(x.view(shape)), kept, slots)
+
+    for out, begin, end in run_near(function, (length - 1, total // samples * 2 - 1)):
+        places = torch.arange(begin, end)
+        rows = places // (2 * length), kept[places // length % 2], places % length
+        assert_same_bits(out[begin:end], x.view(-1, samples, length)[rows])
+
+
+def test_scatter_add_in_place():
+    shape, _ = LAYOUTS["contiguous"]
+    total, length = math.prod(shape), shape[-1]
+    residual, before = numbers_near(total, seed=1), numbers_near(total, seed=1)
+    kept, slots = index_of([2048, 0, 2047], 2049)
+    y = random_tensor((3, length), HALF, seed=2)
+
+    def function():
+        OPS.scatter_add_(residual.view(shape), y, slots, kept)
+        return residual
+
+    for out, begin, end in run_near(function, (FAR, total - 1)):
+        places = torch.arange(begin, end)
+        added = y[slots[places // length], places % length]
+        assert_same_bits(out[begin:end], (before[begin:end].float() + added.float()).half())
+
+
+def test_scatter_add_backward():
+    shape, dim = GAMMA_SHAPES["tokens"]
+    grad = torch.empty(shape, dtype=HALF)
+    kept, slots = index_of([shape[0] - 1, shape[0] - 2], shape[0])
+    grad[kept] = random_tensor((2, *shape[1:]), HALF, seed=1)
+    y, gamma = random_tensor((2, *shape[1:]), HALF, seed=2), random_tensor((shape[2],), HALF, seed=3)
+    grads = OPS.scatter_add_backward(grad, y, gamma, slots, kept, 2.0, HALF, (True, True))
+    assert_gradients(grads, grad[kept], y, gamma, kept >= 0, 2.0)
