@@ -19,7 +19,7 @@ if REASON := without_cuda():
 
 # A choice that meets every op, layout and dtype. Two at a time, they end within three minutes on two cores.
 CHOICE = {
-    "checks of the host itself": ["check_shim.py", "check_stores.py", "check_offsets.py"],
+    "checks of the host itself": ["check_shim.py", "check_stores.py", "check_offsets.py", "check_index_functions.py"],
     "geometry": ["test_geometry.py"],
     "formulas": ["test_semantics.py", "test_fuse.py", "-k", "test_add_formula or at_most_one_copy or error_is_at_most"],
     "layouts": ["test_layouts.py", "-k", "misaligned or outside or gathered_rows or any_view"],

@@ -80,3 +80,12 @@ def test_gather_and_scatter_add(data):
     with recorded() as runs:
         OPS.scatter_add_(x, y, slots, kept)
     assert runs == memory_of(x, slots >= 0)
+
+
+def test_rows_that_an_index_does_not_find_are_zeros():
+    x = torch.ones(8, 100)
+    index = torch.tensor([7, 8, -1, -2, 2**40, -(2**40)])
+    with recorded() as runs:
+        out = OPS.gather(x, index, torch.full((8,), -1))
+    assert runs == memory_of(out)
+    assert out.sum(1).tolist() == [100, 0, 0, 0, 0, 0]

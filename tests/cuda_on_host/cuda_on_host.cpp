@@ -45,41 +45,6 @@ void fail(const char* what) {
   std::abort();
 }
 
-namespace {
-
-std::map<uintptr_t, uintptr_t> stores;  // begin -> end
-
-}  // namespace
-
-void record_stores(bool records) {
-  settings.records_stores = records;
-  stores.clear();
-}
-
-std::vector<int64_t> recorded_stores() {
-  std::vector<int64_t> result;
-  for (const auto& [begin, end] : stores) {
-    result.insert(result.end(), {static_cast<int64_t>(begin), static_cast<int64_t>(end)});
-  }
-  return result;
-}
-
-void record_store(uintptr_t begin, uintptr_t end) {
-  auto next = stores.lower_bound(begin);
-  if ((next != stores.end() && next->first < end) || (next != stores.begin() && std::prev(next)->second > begin)) {
-    fail("an element of an output is written twice");
-  }
-  if (next != stores.end() && next->first == end) {
-    end = next->second;
-    next = stores.erase(next);
-  }
-  if (next != stores.begin() && std::prev(next)->second == begin) {
-    std::prev(next)->second = end;
-  } else {
-    stores.emplace_hint(next, begin, end);
-  }
-}
-
 // That of all shared memory; in the file that the kernels are in.
 std::pair<char*, size_t> shared_memory();
 
@@ -322,7 +287,38 @@ void run_block() {
   }
 }
 
+std::map<uintptr_t, uintptr_t> stores;  // begin -> end
+
 }  // namespace
+
+void record_stores(bool records) {
+  settings.records_stores = records;
+  stores.clear();
+}
+
+std::vector<int64_t> recorded_stores() {
+  std::vector<int64_t> result;
+  for (const auto& [begin, end] : stores) {
+    result.insert(result.end(), {static_cast<int64_t>(begin), static_cast<int64_t>(end)});
+  }
+  return result;
+}
+
+void record_store(uintptr_t begin, uintptr_t end) {
+  auto next = stores.lower_bound(begin);
+  if ((next != stores.end() && next->first < end) || (next != stores.begin() && std::prev(next)->second > begin)) {
+    fail("an element of an output is written twice");
+  }
+  if (next != stores.end() && next->first == end) {
+    end = next->second;
+    next = stores.erase(next);
+  }
+  if (next != stores.begin() && std::prev(next)->second == begin) {
+    std::prev(next)->second = end;
+  } else {
+    stores.emplace_hint(next, begin, end);
+  }
+}
 
 int wait_for_block(Wait kind, bool value) {
   void* token = &barrier_tokens[barriers % std::size(barrier_tokens)];

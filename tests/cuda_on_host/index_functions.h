@@ -1,5 +1,5 @@
-// The index arithmetic of the kernels as ops of integers, for numbers that no tensor reaches: check_offsets.py calls
-// them. Structs go in and come out as lists of their members.
+// The index arithmetic of the kernels as ops of integers, for numbers that no tensor reaches: check_index_functions.py
+// calls them. Structs go in and come out as lists of their members.
 #pragma once
 
 #include <torch/library.h>

@@ -17,10 +17,17 @@ BUILD = os.environ["CUDA_ON_HOST_BUILD"]
 
 torch.ops.load_library(os.environ["CUDA_ON_HOST_LIBRARY"])
 OPS = torch.ops.cuda_on_host
-OPS.configure(3, BUILD == "reversed", 0x7F if BUILD == "pattern" else -1)
+
+
+def configure(multiprocessors=3):
+    """So few by default that blocks which walk over their input take several steps."""
+    OPS.configure(multiprocessors, BUILD == "reversed", 0x7F if BUILD == "pattern" else -1)
+
+
+configure()
 
 # Fewer examples where each takes long.
-settings.register_profile("cuda_on_host", max_examples={"address": 50, "thread": 10}.get(BUILD, 100))
+settings.register_profile("cuda_on_host", max_examples={"address": 50, "thread": 30}.get(BUILD, 100))
 settings.load_profile("cuda_on_host")
 
 if __name__ == "__main__":
