@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,7 +81,7 @@ STAGES: tuple[tuple[int, tuple[Part, ...]], ...] = (
     ),
     (90, (benchmark("skip", "--p 0.2,0.4", "--p 0.4 --batch 2 --steps 1"),)),
     (30, (benchmark("overhead", "", ""),)),
-    (60, (benchmark("model", "", ""),)),
+    (60, (replace(model := benchmark("model", "", ""), dry=model.dry.replace("python ", "python-without-plugin ")),)),
 )
 
 
@@ -93,6 +93,8 @@ def start(part: Part, dry_run: bool, environment: dict[str, str]) -> subprocess.
     for word in (part.dry if dry_run else part.command).split():
         if word == "python":
             command += python
+        elif word == "python-without-plugin":  # where the kernels on the host would take too long
+            command.append(sys.executable)
         else:
             command.append(word.replace("=python", f"={sys.executable}").replace("OUT/", f"{OUT}/"))
     with log_of(part).open("w") as log:
