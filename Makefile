@@ -34,15 +34,8 @@ test: build
 	$(PYTHON) -m pytest $(TEST_ARGS)
 
 # The source of the CUDA kernels on the host: all tests of ops, then a choice under each of the other builds.
-ON_HOST := $(PYTHON) tests/cuda_on_host/run.py
 test-kernels: build
-	$(ON_HOST) plain tests/cuda_on_host/check_*.py $(addprefix tests/test_,geometry.py semantics.py layouts.py fuse.py \
-	  skip.py autograd.py random.py)
-	$(ON_HOST) plain tests/test_ops.py -k "test_gather or reads_no_row or in_place"
-	for build in reversed pattern address thread; do \
-	  $(ON_HOST) $$build tests/cuda_on_host/check_*.py tests/test_geometry.py tests/test_fuse.py \
-	    -k "check_ or geometry or at_most_one_copy" || exit 1; \
-	done
+	$(PYTHON) tests/cuda_on_host/run.py all
 
 mutants: build
 	$(PYTHON) tests/mutants.py $(MUTANTS)

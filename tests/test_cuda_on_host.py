@@ -1,71 +1,68 @@
-"""Promise: the source of the CUDA kernels is right, run on the host in the place of the CPU's kernels.
+"""Promise: the CUDA kernels' source passes the ops' tests, run on the host in the place of the CPU's kernels.
 
-Each case is a pytest of its own, in another process; `make test-kernels` runs all of them, in every build.
+Each run is a pytest of its own, in another process. `make test-kernels` runs more, and under sanitizers.
 """
 
 import platform
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from cuda_on_host import run as host
-from native_build import Change, changed_tree, without_cuda
+from native_build import Change, changed_tree, jobs, without_cuda
 
-if sys.platform != "linux" or platform.machine() != "x86_64":
+if (sys.platform, platform.machine()) != ("linux", "x86_64"):
     pytest.skip("the CUDA kernels run on the host on x86-64 Linux only", allow_module_level=True)
-if REASON := without_cuda():
-    pytest.skip(f"the CUDA kernels do not run on the host: {REASON}", allow_module_level=True)
+if reason := without_cuda():
+    pytest.skip(f"the CUDA kernels do not run on the host: {reason}", allow_module_level=True)
 
-# A choice that meets every op, layout and dtype. Two at a time, they end within three minutes on two cores.
-CHOICE = {
-    "checks of the host itself": ["check_shim.py", "check_stores.py", "check_offsets.py", "check_index_functions.py"],
-    "geometry": ["test_geometry.py"],
-    "formulas": ["test_semantics.py", "test_fuse.py", "-k", "test_add_formula or at_most_one_copy or error_is_at_most"],
-    "layouts": ["test_layouts.py", "-k", "misaligned or outside or gathered_rows or any_view"],
-    "skip": [
-        "test_skip.py",
-        "test_ops.py",
-        "-k",
-        "never_read or few_samples or test_gather or reads_no_row or in_place",
-    ],
+# A choice that meets every op, layout and dtype: a build, and pytest's arguments. The longest come first.
+RUNS = {
+    "geometry": ("plain", "tests/test_geometry.py"),
+    "geometry_in_reverse": ("reversed", "tests/test_geometry.py"),
+    "stores_offsets_and_the_host_itself": ("plain", *host.CHECKS),
+    "ops": ("plain", "tests/test_ops.py", "-k", "not opcheck and not gradcheck and not meta and not refuse"),
+    "formulas": (
+        *("plain", "tests/test_fuse.py", "tests/test_semantics.py"),
+        *("-k", "error_is or one_copy or test_add_formula"),
+    ),
+    "layouts": ("plain", "tests/test_layouts.py", "-k", "misaligned or outside or gathered_rows or any_view"),
+    "draws": ("plain", "tests/test_random.py", "tests/test_sampling.py", "-k", "predicted or threads_share"),
 }
-
-
-def pytest_on_host(build, *arguments, tree=host.ROOT):
-    paths = [
-        str(next(path for path in (host.TESTS / "cuda_on_host" / word, host.TESTS / word) if path.exists()))
-        if word.endswith(".py")
-        else word
-        for word in arguments
-    ]
-    return subprocess.run(
-        host.pytest_command(*paths),
-        env=host.environment(build, tree),
-        cwd=host.ROOT,
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
+WITHOUT_BARRIER = Change("csrc/cuda/add_kept.cuh", "  __syncthreads();\n", "")
 
 
 @pytest.fixture(scope="module")
-def runs():
-    host.environment("plain")  # built once
-    with ThreadPoolExecutor(2) as pool:
-        yield {choice: pool.submit(pytest_on_host, "plain", *arguments) for choice, arguments in CHOICE.items()}
+def results():
+    """Of each run; and, by the build, of a run without the barrier. As many at a time as there are processors."""
+    tree = changed_tree("without_barrier", [WITHOUT_BARRIER])
+    formula = ("tests/test_semantics.py", "-x", "-k", "test_formula")
+    with ThreadPoolExecutor(jobs()) as pool:
+        is_built = pool.submit(host.environment, "plain")
+
+        def run(arguments):
+            is_built.result()  # once, not by each run
+            return host.run_pytest(*arguments)
+
+        broken = {build: pool.submit(host.run_pytest, build, *formula, tree=tree) for build in ("thread", "reversed")}
+        yield broken | {name: pool.submit(run, arguments) for name, arguments in RUNS.items()}
 
 
-@pytest.mark.parametrize("choice", CHOICE)
-def test_passes_on_the_host(runs, choice):
-    result = runs[choice].result()
-    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
+@pytest.mark.parametrize("name", RUNS)
+def test_run(results, name):
+    result = results[name].result()
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-5000:]
 
 
-def test_a_removed_barrier_is_caught():
-    """In turns, threads behind the barrier would read what is there already: the last thread has to run first."""
-    change = Change("csrc/cuda/add_kept.cuh", "  __syncthreads();\n", "")
-    tree = changed_tree("removed-barrier", [change])
-    result = pytest_on_host("reversed", "-x", "test_semantics.py", "-k", "test_formula", tree=tree)
-    assert result.returncode not in (0, 5), result.stdout[-2000:] + result.stderr[-2000:]
+def test_a_missing_barrier_is_a_race(results):
+    result = results["thread"].result()
+    assert "ThreadSanitizer: data race" in result.stderr, result.stdout[-5000:] + result.stderr[-5000:]
+    assert "add_kept.cuh" in result.stderr
+    assert result.returncode == 66
+
+
+def test_a_missing_barrier_fails_in_reverse(results):
+    """Where the first thread runs first, the others find what it has written, barrier or not."""
+    result = results["reversed"].result()
+    assert "passed" not in result.stdout.splitlines()[-1], result.stdout[-5000:]
+    assert result.returncode not in (0, 5)

@@ -24,8 +24,8 @@ LAYOUTS = {
     "contiguous": ((2049, 2**20), lambda t: t),
     "sequence_first": ((2049, 32, 2**15), lambda t: t.transpose(0, 1)),
 }
-# Shapes, and the dim of gamma: a line is a token, or a sample.
-GAMMA_SHAPES = {"tokens": ((2050, 512, 2048), 2), "images": ((514, 64, 256, 256), 1)}
+# The shape of a sample, and the dim of gamma: a line is a token, or a sample.
+GAMMA_SHAPES = {"tokens": ((512, 2048), 2), "images": ((64, 256, 256), 1)}
 
 
 @pytest.fixture(autouse=True)
@@ -112,8 +112,9 @@ def test_backward_of_small_samples():
 
 @pytest.mark.parametrize("name", GAMMA_SHAPES)
 def test_backward_with_gamma(name):
-    """A block walks over the lines; with so many multiprocessors each has two: one in each half."""
-    shape, dim = GAMMA_SHAPES[name]
+    """A block walks over the lines; with so many multiprocessors each has two, one in each half of 2**32 elements."""
+    sample, dim = GAMMA_SHAPES[name]
+    shape = (2**32 // math.prod(sample) + 2, *sample)
     total, line, inner = math.prod(shape), math.prod(shape[dim:]), math.prod(shape[dim + 1 :])
     grad, x = torch.empty(total, dtype=HALF), torch.empty(total, dtype=HALF)
     gamma = random_tensor((shape[dim],), HALF, seed=3)
@@ -126,12 +127,13 @@ def test_backward_with_gamma(name):
 
     _, [(_, of_a_block), _] = run_blocks(function, 0, 0)
     for place in (FAR, total - 1):
-        block = (place // line - total // line // 2) * (line // of_a_block) + place % line // of_a_block
+        block = place // line % (total // line // 2) * (line // of_a_block) + place % line // of_a_block
         _, runs = run_blocks(function, block, block)
         assert len(runs) == 2
-        assert runs[1][0] <= place < runs[1][1]
+        assert any(begin <= place < end for begin, end in runs)
         for seed, run in enumerate(runs):
             fill(grad, *run, seed)
+            fill(x, *run, seed + 2)
         grad_x, _ = run_blocks(function, block, block)
         for begin, end in runs:
             places = torch.arange(begin, end)
@@ -142,21 +144,18 @@ def test_backward_with_gamma(name):
 
 @pytest.mark.parametrize("name", GAMMA_SHAPES)
 def test_gradient_of_gamma(name):
-    shape, dim = GAMMA_SHAPES[name]
+    """All lines, of which few are kept."""
+    sample, dim = GAMMA_SHAPES[name]
+    shape = (FAR // math.prod(sample) + 2, *sample)
     grad, x = torch.empty(shape, dtype=HALF), torch.empty(shape, dtype=HALF)
     gamma = along(dim, torch.ones(shape[dim], dtype=HALF), len(shape))
-    keep = torch.zeros(shape[0], dtype=torch.bool)
-    terms = torch.zeros(shape[1:], dtype=torch.float64)
-    magnitudes = torch.zeros_like(terms)
-    for sample in (FAR // math.prod(shape[1:]), shape[0] - 1):
-        keep[sample] = True
-        for seed, tensor in enumerate((grad, x)):
-            tensor[sample] = random_tensor(shape[1:], HALF, seed=sample + seed)
-        products = grad[sample].double() * x[sample].double() * 2
-        terms += products
-        magnitudes += products.abs()
+    kept = [len(x) - 2, len(x) - 1]
+    keep = torch.zeros(len(x), dtype=torch.bool)
+    keep[kept] = True
+    grad[kept], x[kept] = (random_tensor((2, *sample), HALF, seed=seed) for seed in (1, 2))
+    terms = grad[kept].double() * x[kept].double() * 2
     _, grad_gamma = OPS.drop_path_add_backward(grad, x, gamma, keep, 2.0, HALF, (False, True))
-    assert_rounded_once(grad_gamma, terms.sum_to_size(gamma.shape), magnitudes.sum_to_size(gamma.shape))
+    assert_rounded_once(grad_gamma, terms.sum_to_size(gamma.shape), terms.abs().sum_to_size(gamma.shape))
 
 
 def index_of(kept, size):
@@ -200,10 +199,10 @@ def test_scatter_add_in_place():
 
 
 def test_scatter_add_backward():
-    shape, dim = GAMMA_SHAPES["tokens"]
-    grad = torch.empty(shape, dtype=HALF)
-    kept, slots = index_of([shape[0] - 1, shape[0] - 2], shape[0])
-    grad[kept] = random_tensor((2, *shape[1:]), HALF, seed=1)
-    y, gamma = random_tensor((2, *shape[1:]), HALF, seed=2), random_tensor((shape[2],), HALF, seed=3)
+    sample, _ = GAMMA_SHAPES["tokens"]
+    grad = torch.empty((FAR // math.prod(sample) + 2, *sample), dtype=HALF)
+    kept, slots = index_of([len(grad) - 1, len(grad) - 2], len(grad))
+    grad[kept], y = (random_tensor((2, *sample), HALF, seed=seed) for seed in (1, 2))
+    gamma = random_tensor(sample[-1:], HALF, seed=3)
     grads = OPS.scatter_add_backward(grad, y, gamma, slots, kept, 2.0, HALF, (True, True))
     assert_gradients(grads, grad[kept], y, gamma, kept >= 0, 2.0)

@@ -2,8 +2,9 @@
 """Runs tests with the CUDA kernels' source on the host, in the place of the CPU's kernels.
 
     python tests/cuda_on_host/run.py [BUILD] [PYTEST'S ARGUMENTS]
+    python tests/cuda_on_host/run.py all
 
-BUILD is one of
+`all` is what `make test-kernels` runs. BUILD is one of
 
     plain      as a GPU would compute; the default
     reversed   the last block and the last thread run first
@@ -13,9 +14,12 @@ BUILD is one of
 """
 
 import os
+import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent.parent
@@ -44,10 +48,8 @@ BUILDS: dict[str, tuple[list[str], list[str], dict[str, str]]] = {
     "thread": (
         ["-fsanitize=thread", "-g1"],
         ["libtsan.so"],
-        {
-            "TSAN_OPTIONS": "halt_on_error=1 ignore_noninstrumented_modules=1 history_size=0 die_after_fork=0",
-            "OMP_NUM_THREADS": "1",
-        },
+        # A short history for each of a thousand fibers.
+        {"TSAN_OPTIONS": "halt_on_error=1 ignore_noninstrumented_modules=1 history_size=0 die_after_fork=0"},
     ),
 }
 
@@ -61,6 +63,7 @@ def environment(build: str, tree: Path = ROOT) -> dict[str, str]:
     return {
         **os.environ,
         **variables,
+        "OMP_NUM_THREADS": "1",  # kernels use no other thread, and two processes run at a time
         "CUDA_ON_HOST_BUILD": build,
         "CUDA_ON_HOST_LIBRARY": str(library),
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(TESTS)]),
@@ -68,16 +71,58 @@ def environment(build: str, tree: Path = ROOT) -> dict[str, str]:
     }
 
 
+# It needs what a GPU cannot give: an answer before the kernel has run.
+NOT_ON_CUDA = "tests/test_ops.py::test_indices_that_point_nowhere_are_refused_on_the_host"
+
+
 def pytest_command(*arguments: str) -> list[str]:
     """Only Python's output is captured: that of a process which ends by itself would be lost."""
-    options = ["-p", "cuda_on_host.plugin", "-p", "no:cacheprovider", "--capture=sys", "-q"]
+    options = ["-p", "cuda_on_host.plugin", "-p", "no:cacheprovider", "--capture=sys", "-q", "--deselect", NOT_ON_CUDA]
     return [sys.executable, "-m", "pytest", *options, *arguments]
 
 
+def run_pytest(build: str, *arguments: str, tree: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        pytest_command(*arguments), env=environment(build, tree), cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+CHECKS = tuple(str(path.relative_to(ROOT)) for path in sorted(TESTS.glob("cuda_on_host/check_*.py")))
+# Every op, row map, dtype and boundary; the existing tests that hold the results to the formula, and draw.
+CHOICE = (*CHECKS, "tests/test_geometry.py", "tests/test_fuse.py", "tests/test_sampling.py")
+CHOICE += ("-k", "check_ or geometry or error_is or fixed_is_the_predicted")
+# Every file that calls the ops, the longest first; then that choice in the other builds.
+FILES = ["sampling", "layouts", "ops", "skip", "semantics", "autograd", "fuse", "geometry", "composite", "drop_in"]
+ALL = [
+    *(("plain", f"tests/test_{name}.py") for name in (*FILES, "random", "errors")),
+    ("plain", *CHECKS),
+    *((build, *CHOICE) for build in ("thread", "address", "pattern", "reversed")),
+]
+
+
+def run_all() -> bool:
+    """Two at a time on two processors. Whether all passed."""
+
+    def run(arguments: tuple[str, ...]) -> bool:
+        begin = time.monotonic()
+        result = run_pytest(*arguments)
+        summary = result.stdout.strip().splitlines()[-1:] or ["no output"]
+        print(f"{time.monotonic() - begin:4.0f} s  {shlex.join(arguments)}\n        {summary[0]}", flush=True)
+        if result.returncode:
+            print(result.stdout, result.stderr, sep="\n", flush=True)
+        return result.returncode == 0
+
+    with ThreadPoolExecutor(native_build.jobs()) as pool:
+        list(pool.map(environment, ("address", "thread", "pattern", "plain")))
+        return all(list(pool.map(run, ALL)))
+
+
 def main(arguments: Sequence[str]) -> int:
-    build, rest = (arguments[0], arguments[1:]) if arguments and arguments[0] in BUILDS else ("plain", arguments)
     if reason := native_build.without_cuda():
         sys.exit(f"cuda_on_host: {reason}")
+    if arguments == ["all"]:
+        return 0 if run_all() else 1
+    build, rest = (arguments[0], arguments[1:]) if arguments and arguments[0] in BUILDS else ("plain", arguments)
     return subprocess.run(pytest_command(*rest), env=environment(build), cwd=ROOT, check=False).returncode
 
 
