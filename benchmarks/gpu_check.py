@@ -10,11 +10,12 @@ $OUT names, else to build/gpu-check. The exit status is 1 if a part failed.
 
 import argparse
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,12 +24,13 @@ OUT = Path(os.environ.get("OUT") or ROOT / "build/gpu-check").resolve()
 
 @dataclass(frozen=True)
 class Part:
-    """A command, split at spaces; `python` is this interpreter, OUT the folder for results."""
+    """A command, split as a shell would; `python` is this interpreter, OUT the folder for results."""
 
     name: str
     command: str
     dry: str  # what takes its place where there is no GPU
     environment: tuple[tuple[str, str], ...] = ()
+    dry_on_host_kernels: bool = True  # too slow for whole models
 
 
 PYTEST = "python -m pytest -q -p no:cacheprovider"
@@ -39,9 +41,24 @@ def tests(files: str, dry_choice: str) -> Part:
     return Part(f"tests of {files}", f"{PYTEST} {paths} -k cuda", f"{PYTEST} {paths} -k {dry_choice}")
 
 
-def benchmark(name: str, options: str, dry_options: str) -> Part:
+def memcheck(choice: str, dry_choice: str) -> Part:
+    """Without the caching allocator, so that reads and writes beyond a tensor leave its allocation."""
+    return Part(
+        f"memcheck of {choice}",
+        f"compute-sanitizer --tool memcheck --error-exitcode 1 {PYTEST} tests/test_cuda.py -m memcheck -k {choice!r}",
+        f"{PYTEST} tests/test_errors.py -k {dry_choice}",
+        (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),),
+    )
+
+
+def benchmark(name: str, options: str, dry_options: str, *, dry_on_host_kernels: bool = True) -> Part:
     command = f"python benchmarks/run.py {name} --quick --json OUT/{name}.json"
-    return Part(name, f"{command} --device cuda {options}", f"{command} --device cpu {dry_options}")
+    return Part(
+        name,
+        f"{command} --device cuda {options}",
+        f"{command} --device cpu {dry_options}",
+        dry_on_host_kernels=dry_on_host_kernels,
+    )
 
 
 # Each stage with the seconds after which it is ended.
@@ -59,13 +76,6 @@ STAGES: tuple[tuple[int, tuple[Part, ...]], ...] = (
             tests("layouts", "one_dimensional"),
             tests("fuse semantics errors", "native_drop_prob"),
             tests("skip random", "few_samples"),
-            # Without the caching allocator, so that reads and writes beyond a tensor leave its allocation.
-            Part(
-                "memcheck",
-                f"compute-sanitizer --tool memcheck --error-exitcode 1 {PYTEST} -m memcheck tests/test_cuda.py",
-                f"{PYTEST} tests/test_errors.py -k native_dtype",
-                (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),),
-            ),
         ),
     ),
     # Tensors of 64 MiB and more, in the layouts that meet each kernel.
@@ -81,20 +91,26 @@ STAGES: tuple[tuple[int, tuple[Part, ...]], ...] = (
     ),
     (90, (benchmark("skip", "--p 0.2,0.4", "--p 0.4 --batch 2 --steps 1"),)),
     (30, (benchmark("overhead", "", ""),)),
-    (60, (replace(model := benchmark("model", "", ""), dry=model.dry.replace("python ", "python-without-plugin ")),)),
+    (60, (benchmark("model", "", "", dry_on_host_kernels=False),)),
+    (
+        80,
+        (
+            memcheck("test_memory_safety", "native_dtype"),
+            memcheck("add", "native_drop_prob"),
+            memcheck("skip or fixed", "native_keep_of_wrong_shape"),
+        ),
+    ),
 )
 
 
 def start(part: Part, dry_run: bool, environment: dict[str, str]) -> subprocess.Popen:
     python = [sys.executable]
-    if dry_run:  # with the kernels of the host in the place of the CPU's
+    if dry_run and part.dry_on_host_kernels:  # they take the place of the CPU's
         python += ["-m", "cuda_on_host.plugin"]
     command: list[str] = []
-    for word in (part.dry if dry_run else part.command).split():
+    for word in shlex.split(part.dry if dry_run else part.command):
         if word == "python":
             command += python
-        elif word == "python-without-plugin":  # where the kernels on the host would take too long
-            command.append(sys.executable)
         else:
             command.append(word.replace("=python", f"={sys.executable}").replace("OUT/", f"{OUT}/"))
     with log_of(part).open("w") as log:
