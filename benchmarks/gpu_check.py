@@ -72,7 +72,8 @@ STAGES: tuple[tuple[int, tuple[Part, ...]], ...] = (
             Part(
                 "tests of cuda", f"{PYTEST} tests/test_cuda.py", f"{PYTEST} tests/test_install.py -k test_info_passes"
             ),
-            tests("ops geometry", "certain_outcomes"),
+            tests("ops", "certain_outcomes"),
+            tests("geometry", "certain_outcomes"),
             tests("layouts", "one_dimensional"),
             tests("fuse semantics errors", "native_drop_prob"),
             tests("skip random", "few_samples"),
