@@ -34,7 +34,7 @@ SECONDS = {"cuda": 0.06, "cpu": 0.0}  # for each case of each variant
 
 ADD_KEPT, GAMMA_GRAD = "csrc/cuda/add_kept.cuh", "csrc/cuda/gamma_grad.cuh"
 TILING, VECTOR = "csrc/cuda/tiling.h", "csrc/cuda/vector.cuh"
-LAUNCHER = "csrc/cuda/drop_path.cu"
+LAUNCHER, GAMMA_GRAD_LAUNCHER = "csrc/cuda/launcher.cuh", "csrc/cuda/gamma_grad.cu"
 
 # Only what is measured is built: float32 and bfloat16.
 TWO_DTYPES = Change(
@@ -76,9 +76,8 @@ def blocks(file: str, old: str, count: int) -> Change:
 
 
 def waves(factor: str) -> Change:
-    return Change(
-        LAUNCHER, "blocks_of_a_wave(kernel, tiling.threads())", f"blocks_of_a_wave(kernel, tiling.threads()) {factor}"
-    )
+    wave = "blocks_of_a_wave(kernel, tiling.threads())"
+    return Change(GAMMA_GRAD_LAUNCHER, wave, f"{wave} {factor}")
 
 
 VARIANTS: dict[str, list[Change]] = {
@@ -101,7 +100,7 @@ VARIANTS: dict[str, list[Change]] = {
     "sum_parts: 256 threads": [Change(GAMMA_GRAD, "kSumThreads = 512;", "kSumThreads = 256;")],
     "sum_parts: 1024 threads": [Change(GAMMA_GRAD, "kSumThreads = 512;", "kSumThreads = 1024;")],
     "sum_parts: 32 channels": [Change(GAMMA_GRAD, "kSumChannels = 8;", "kSumChannels = 32;")],
-    "sum_parts: in order": [Change(LAUNCHER, "launch<Start::kEarly>", "launch<Start::kInOrder>")],
+    "sum_parts: in order": [Change(GAMMA_GRAD_LAUNCHER, "launch<Start::kEarly>", "launch<Start::kInOrder>")],
     "plain store": [store("reinterpret_cast<Word*>(to)[i] = words[i];")],
     "streaming store": [store("__stcs(reinterpret_cast<Word*>(to) + i, words[i]);")],
     "store past L1": [store("__stcg(reinterpret_cast<Word*>(to) + i, words[i]);")],
@@ -151,14 +150,14 @@ def cases(device: torch.device) -> list[Case]:
 
             if name == "tokens":
                 add("drop", OPS.drop_path, x, P, True, True, moved=(2 - P) * size)
-                add("drop back", OPS.drop_path_backward, grad, keep, scale, moved=(1 + share) * size)
+                add("drop back", OPS.scale_kept, grad, keep, scale, moved=(1 + share) * size)
                 add("add", OPS.drop_path_add, x, residual, None, P, True, True, moved=(3 - P) * size)
-                add("gather", OPS.gather, x, kept, slots, moved=2 * share * size)
-                add("scatter", OPS.scatter_add, y, residual, None, slots, kept, scale, moved=(2 + share) * size)
+                add("gather", OPS.scale_kept, x, kept, 1.0, moved=2 * share * size)
+                add("scatter", OPS.add_kept, y, residual, None, slots, scale, moved=(2 + share) * size)
             if name in ("tokens", "14x14"):
                 add("gamma", OPS.drop_path_add, x, residual, gamma, P, True, True, moved=(3 - P) * size)
             backward = (grad, x, gamma, keep, scale, dtype, (True, True))
-            add("gamma back", OPS.drop_path_add_backward, *backward, moved=(1 + 2 * share) * size, is_sum=True)
+            add("gamma back", OPS.add_kept_backward, *backward, moved=(1 + 2 * share) * size, is_sum=True)
     return made
 
 
@@ -219,15 +218,6 @@ def build(name: str, device: torch.device) -> Path | str:
         return str(error)
 
 
-def load_variant(name: str, library: Path, device: torch.device) -> None:
-    """The dispatcher knows from which source file the kernel comes that it calls now."""
-    torch.ops.load_library(str(library))
-    if f"{device.type.upper()}: registered at {native_build.TREES / folder_of(name, device)}/" not in (
-        torch._C._dispatch_dump("droppath_ext::drop_path")
-    ):
-        raise RuntimeError(f"the kernels of {library} did not take the place of the extension's")
-
-
 def table(results: dict) -> list:
     """A row for each variant, a column for each case."""
     from report import Table
@@ -278,7 +268,7 @@ def main() -> None:
         if isinstance(library, str):
             results["failed"][name] = library
             continue
-        load_variant(name, library, device)
+        torch.ops.load_library(str(library))  # its kernels take the place of the extension's
         if arguments.dry_run:  # whose kernels for the CPU round at other places
             expected = [results_of(case) for case in chosen]
         measured = results["variants"].setdefault(name, {})

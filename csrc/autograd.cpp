@@ -1,5 +1,5 @@
-// Derivatives: one graph node per forward op. The backward ops are differentiated through the formulas
-// below, in ATen: second derivatives are rare, and there the formulas' own derivatives are free.
+// Derivatives: a graph node for each function that people call. The ops that these and their gradients are made of are
+// differentiated in ATen: that is rare, and there ATen's own derivatives are free.
 #include <ATen/DimVector.h>
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/ops/add.h>
@@ -9,6 +9,8 @@
 #include <ATen/ops/where.h>
 #include <torch/library.h>
 
+#include "checks.h"
+#include "layout.h"
 #include "node.h"
 #include "ops.h"
 
@@ -16,6 +18,7 @@ namespace droppath_ext {
 namespace {
 
 using torch::autograd::variable_list;
+using torch::dynamo::autograd::CompiledNodeArgs;
 
 // A graph node costs more than a tiny forward: build it only where somebody will ask for gradients.
 bool needs_graph(const at::Tensor& x) { return at::GradMode::is_enabled() && x.requires_grad(); }
@@ -32,70 +35,84 @@ bool is_differentiated(const Tensors&... tensors) {
   return (... || (is_dual(tensors) || needs_graph(tensors)));
 }
 
+bool is_index(const at::Tensor& sources) { return sources.scalar_type() == at::kLong; }
+bool keeps_all(const at::Tensor& sources) { return !is_index(sources) && sources.sym_numel() == 0; }
+
+// In ATen: the samples that `sources` names, zeros where it names none.
 at::Tensor mask_dropped(const at::Tensor& x, const at::Tensor& keep) {
-  if (keep.sym_numel() == 0) {
-    return x;
-  }
   at::SymDimVector shape(x.dim(), 1);
   shape[0] = keep.sym_size(0);
   return at::where(keep.view_symint(shape), x, 0);
 }
-
-// gather in ATen.
-at::Tensor gather_formula(const at::Tensor& x, const at::Tensor& index) {
-  return mask_dropped(at::index_select(x, 0, index.clamp_min(0)), index.ge(0));
+at::Tensor select_sources(const at::Tensor& x, const at::Tensor& sources) {
+  if (is_index(sources)) {
+    return mask_dropped(at::index_select(x, 0, sources.clamp_min(0)), sources.ge(0));
+  }
+  return keeps_all(sources) ? x : mask_dropped(x, sources);
+}
+// Another tensor, with zeros where it names none.
+at::Tensor mask_sourceless(const at::Tensor& x, const at::Tensor& sources) {
+  return is_index(sources) ? mask_dropped(x, sources.ge(0)) : select_sources(x, sources);
 }
 
-struct DropPathBackward final : torch::autograd::Node {
+struct DropPathBackward final : SavingNode<DropPathBackward> {
+  static constexpr auto kName = "DropPathBackward";
+
   Saved keep;
   double scale = 1;
 
-  std::string name() const override { return "DropPathBackward"; }
-
-  void release_variables() override {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    keep.release();
+  template <typename Self, typename F>
+  static void for_saved(Self& self, const F& f) {
+    f(self.keep);
   }
+  void collect_key(CompiledNodeArgs& args) const { args.collect(scale); }
 
-  variable_list apply(variable_list&& grads) override {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    return {grads[0].defined() ? drop_path_backward(grads[0], keep.get(), scale) : at::Tensor()};
+  variable_list differentiate(variable_list&& grads) {
+    return {grads[0].defined() ? scale_kept(grads[0], keep.get(), scale) : at::Tensor()};
   }
 };
 
-// residual + gamma * x * scale over the kept samples: drop_path_add and scatter_add, whose derivatives differ in how
-// they know these samples.
-struct AddBackward : torch::autograd::Node {
+// residual + gamma * x[source] * scale: drop_path_add and scatter_add.
+struct AddKeptBackward final : SavingNode<AddKeptBackward> {
+  static constexpr auto kName = "AddKeptBackward";
   enum Input { kX, kResidual, kGamma };
 
-  Saved x;      // only for the gradient of gamma
-  Saved gamma;  // for the gradient of x; that of gamma needs its shape and dtype, too
+  Saved x;        // only for the gradient of gamma
+  Saved gamma;    // for the gradient of x; that of gamma needs its shape and dtype, too
+  Saved sources;  // of the gradient of x: the keep mask, or the index that undoes the one of x
   double scale = 1;
   at::ScalarType dtype = at::kFloat;  // of x
   bool is_addition = false;           // and nothing else
 
-  void save(const at::Tensor& x_input, const std::optional<at::Tensor>& gamma_input, double scale_input,
-            bool keeps_all) {
+  template <typename Self, typename F>
+  static void for_saved(Self& self, const F& f) {
+    f(self.x);
+    f(self.gamma);
+    f(self.sources);
+  }
+  void collect_key(CompiledNodeArgs& args) const {
+    args.collect(scale);
+    args.collect(dtype);
+    args.collect(is_addition);
+    args.collect(static_cast<bool>(x));
+    args.collect(static_cast<bool>(gamma));
+  }
+
+  void save(const at::Tensor& x_input, const std::optional<at::Tensor>& gamma_input, const at::Tensor& sources_input,
+            double scale_input) {
     if (needs_graph(gamma_input)) {
       x = Saved(x_input);
     }
     if (gamma_input && (needs_graph(x_input) || needs_graph(gamma_input))) {
       gamma = Saved(*gamma_input);
     }
+    sources = Saved(sources_input);
     scale = scale_input;
     dtype = x_input.scalar_type();
-    is_addition = keeps_all && !gamma_input && scale == 1.0;
+    is_addition = keeps_all(sources_input) && !gamma_input && scale == 1.0;
   }
 
-  void release_variables() override {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    x.release();
-    gamma.release();
-    release_samples();
-  }
-
-  variable_list apply(variable_list&& grads) override {
-    const std::lock_guard<std::mutex> lock(mutex_);
+  variable_list differentiate(variable_list&& grads) {
     variable_list result(3);
     const at::Tensor& grad = grads[0];
     if (!grad.defined()) {
@@ -110,94 +127,59 @@ struct AddBackward : torch::autograd::Node {
       result[kX] = grad;
     } else if (needs_x || needs_gamma) {
       auto [grad_x, grad_gamma] =
-          differentiate(grad, needs_gamma ? x.get_optional() : std::nullopt, {needs_x, needs_gamma});
+          add_kept_backward(grad, needs_gamma ? x.get_optional() : std::nullopt, gamma.get_optional(), sources.get(),
+                            scale, dtype, {needs_x, needs_gamma});
       result[kX] = needs_x ? std::move(grad_x) : at::Tensor();
       result[kGamma] = needs_gamma ? std::move(grad_gamma) : at::Tensor();
     }
     return result;
   }
-
- private:
-  virtual void release_samples() = 0;
-  virtual std::tuple<at::Tensor, at::Tensor> differentiate(const at::Tensor& grad,
-                                                           const std::optional<at::Tensor>& saved_x,
-                                                           std::array<bool, 2> output_mask) = 0;
 };
 
-struct DropPathAddBackward final : AddBackward {
-  Saved keep;  // without entries where nothing is dropped
+at::Tensor gather(const at::Tensor& x, const at::Tensor& index, const at::Tensor& inverse);
 
-  std::string name() const override { return "DropPathAddBackward"; }
+// Outputs: the samples, and x if it was handed through.
+struct GatherBackward final : SavingNode<GatherBackward> {
+  static constexpr auto kName = "GatherBackward";
 
- private:
-  void release_samples() override { keep.release(); }
-
-  std::tuple<at::Tensor, at::Tensor> differentiate(const at::Tensor& grad, const std::optional<at::Tensor>& saved_x,
-                                                   std::array<bool, 2> output_mask) override {
-    return drop_path_add_backward(grad, saved_x, gamma.get_optional(), keep.get(), scale, dtype, output_mask);
-  }
-};
-
-struct ScatterAddBackward final : AddBackward {
-  Saved slots;
-  Saved kept;
-
-  std::string name() const override { return "ScatterAddBackward"; }
-
- private:
-  void release_samples() override {
-    slots.release();
-    kept.release();
-  }
-
-  std::tuple<at::Tensor, at::Tensor> differentiate(const at::Tensor& grad, const std::optional<at::Tensor>& saved_y,
-                                                   std::array<bool, 2> output_mask) override {
-    return scatter_add_backward(grad, saved_y, gamma.get_optional(), slots.get(), kept.get(), scale, dtype,
-                                output_mask);
-  }
-};
-
-struct GatherBackward final : torch::autograd::Node {
   Saved index;
   Saved inverse;
 
-  std::string name() const override { return "GatherBackward"; }
-
-  void release_variables() override {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    index.release();
-    inverse.release();
+  template <typename Self, typename F>
+  static void for_saved(Self& self, const F& f) {
+    f(self.index);
+    f(self.inverse);
   }
+  void collect_key(CompiledNodeArgs& /*args*/) const {}
 
-  // Of the rows and, where it was handed through, of x: into that one's own memory if nobody else has it, as the engine
-  // adds up gradients.
-  variable_list apply(variable_list&& grads) override {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    const at::Tensor& grad_rows = grads[0];
+  // Adds the samples' gradient to that of x; in place if nobody else holds it.
+  variable_list differentiate(variable_list&& grads) {
+    const at::Tensor& grad_samples = grads[0];
     at::Tensor grad_x = grads.size() > 1 ? std::move(grads[1]) : at::Tensor();
-    if (!grad_rows.defined()) {
+    if (!grad_samples.defined()) {
       return {grad_x};
     }
-    // The ops below have derivatives, but no tangents.
-    if (is_dual(grad_rows) || (grad_x.defined() && is_dual(grad_x))) {
-      const at::Tensor rows = gather_formula(grad_rows, inverse.get());
-      return {grad_x.defined() ? at::add(grad_x, rows) : rows};
+    // The functions below have derivatives, but no tangents.
+    if (is_dual(grad_samples) || (grad_x.defined() && is_dual(grad_x))) {
+      const at::Tensor scattered = select_sources(grad_samples, inverse.get());
+      return {grad_x.defined() ? at::add(grad_x, scattered) : scattered};
     }
     if (!grad_x.defined()) {
-      return {gather(grad_rows, inverse.get(), index.get())};
+      return {gather(grad_samples, inverse.get(), index.get())};
     }
     if (at::GradMode::is_enabled() || !is_ours_alone(grad_x)) {
-      return {scatter_add(grad_rows, grad_x, std::nullopt, inverse.get(), index.get(), /*scale=*/1.0)};
+      return {scatter_add(grad_samples, grad_x, std::nullopt, inverse.get(), index.get(), /*scale=*/1.0)};
     }
-    at::AutoDispatchBelowADInplaceOrView guard;
-    scatter_add_(grad_x, grad_rows, inverse.get(), index.get());
+    add_kept_(grad_x, grad_samples, inverse.get());
     return {std::move(grad_x)};
   }
 
  private:
+  // What the engine asks before it adds to a gradient in place.
   static bool is_ours_alone(const at::Tensor& grad) {
-    return grad.is_non_overlapping_and_dense() && grad.use_count() == 1 && grad.has_storage() &&
-           grad.storage().use_count() == 1 && !at::isTensorSubclassLike(grad);
+    return !at::isTensorSubclassLike(grad) && !grad.is_nested() && grad.layout() == at::kStrided &&
+           !grad._is_zerotensor() && grad.is_non_overlapping_and_dense() && grad.use_count() == 1 &&
+           grad.has_storage() && grad.storage().use_count() == 1;
   }
 };
 
@@ -206,31 +188,16 @@ void check_not_dual(const std::optional<at::Tensor>& tensor, const char* name, c
                               name, " carries a tangent; droppath_ext.", function, " has one");
 }
 
-// The gradients of x and gamma in ATen, for a grad of the samples of x.
-std::tuple<at::Tensor, at::Tensor> add_backward_formula(const at::Tensor& grad, const std::optional<at::Tensor>& x,
-                                                        const std::optional<at::Tensor>& gamma, const at::Tensor& keep,
-                                                        double scale, at::ScalarType dtype,
-                                                        std::array<bool, 2> output_mask) {
-  const auto opmath = grad.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  const at::Tensor scaled = mask_dropped(at::mul(grad.to(opmath), scale), keep);
-  const auto options = grad.options().dtype(dtype);
-  at::Tensor grad_x = at::empty({0}, options);
-  at::Tensor grad_gamma = at::empty({0}, options);
-  if (output_mask[0]) {
-    // Masked again behind gamma, which may be infinite.
-    grad_x = (gamma ? mask_dropped(at::mul(scaled, gamma->to(opmath)), keep) : scaled).to(dtype);
-  }
-  if (output_mask[1]) {
-    const at::Tensor product = at::mul(scaled, mask_dropped(x->to(opmath), keep));
-    grad_gamma = product.sum_to_size_symint(gamma->sym_sizes()).to(gamma->scalar_type());
-  }
-  return {std::move(grad_x), std::move(grad_gamma)};
+// A node for these inputs if one of them needs a gradient.
+template <typename T, typename... Tensors>
+NodePointer<T> make_node_if_needed(const Tensors&... inputs) {
+  return (... || needs_graph(inputs)) ? make_node<T>(inputs...) : NodePointer<T>();
 }
 
 std::tuple<at::Tensor, at::Tensor> drop_path_autograd(const at::Tensor& x, double drop_prob, bool scale_by_keep,
                                                       bool per_sample, const std::optional<at::Generator>& generator) {
   check_not_dual(x, "x", "drop_path", "drop_path");
-  const auto node = needs_graph(x) ? make_node<DropPathBackward>(x) : NodePointer<DropPathBackward>();
+  const auto node = make_node_if_needed<DropPathBackward>(x);
   auto result = [&] {
     at::AutoDispatchBelowADInplaceOrView guard;
     return drop_path(x, drop_prob, scale_by_keep, per_sample, generator);
@@ -243,15 +210,6 @@ std::tuple<at::Tensor, at::Tensor> drop_path_autograd(const at::Tensor& x, doubl
   return result;
 }
 
-at::Tensor drop_path_backward_autograd(const at::Tensor& grad, const at::Tensor& keep, double scale) {
-  if (is_differentiated(grad)) {
-    check_keep(keep, grad);
-    return mask_dropped(at::mul(grad, scale), keep);
-  }
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return drop_path_backward(grad, keep, scale);
-}
-
 std::tuple<at::Tensor, at::Tensor> drop_path_add_autograd(const at::Tensor& x, const at::Tensor& residual,
                                                           const std::optional<at::Tensor>& gamma, double drop_prob,
                                                           bool scale_by_keep, bool per_sample,
@@ -259,39 +217,78 @@ std::tuple<at::Tensor, at::Tensor> drop_path_add_autograd(const at::Tensor& x, c
   check_not_dual(x, "x", "drop_path_add", "drop_path_add");
   check_not_dual(residual, "residual", "drop_path_add", "drop_path_add");
   check_not_dual(gamma, "gamma", "drop_path_add", "drop_path_add");
-  const auto node = needs_graph(x) || needs_graph(residual) || needs_graph(gamma)
-                        ? make_node<DropPathAddBackward>(x, residual, gamma)
-                        : NodePointer<DropPathAddBackward>();
+  const auto node = make_node_if_needed<AddKeptBackward>(x, residual, gamma);
   auto result = [&] {
     at::AutoDispatchBelowADInplaceOrView guard;
     return drop_path_add(x, residual, gamma, drop_prob, scale_by_keep, per_sample, generator);
   }();
   if (node) {
-    node->save(x, gamma, keep_scale(drop_prob, scale_by_keep), /*keeps_all=*/drop_prob == 0.0);
-    node->keep = Saved(std::get<1>(result));
+    node->save(x, gamma, /*sources=*/std::get<1>(result), keep_scale(drop_prob, scale_by_keep));
     set_outputs(node, std::get<0>(result));
   }
   return result;
 }
 
-std::tuple<at::Tensor, at::Tensor> drop_path_add_backward_autograd(
-    const at::Tensor& grad, const std::optional<at::Tensor>& x, const std::optional<at::Tensor>& gamma,
-    const at::Tensor& keep, double scale, at::ScalarType dtype, std::array<bool, 2> output_mask) {
-  if (!is_differentiated(grad, x, gamma)) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    return drop_path_add_backward(grad, x, gamma, keep, scale, dtype, output_mask);
+// The ops of given sources are differentiated in ATen: right for any index, also one that names a sample twice.
+
+at::Tensor scale_kept_autograd(const at::Tensor& x, const at::Tensor& sources, double scale) {
+  if (is_differentiated(x)) {
+    check_input(x, "x");
+    check_sources(sources, x);
+    return at::mul(select_sources(x, sources), scale);
   }
-  check_add_backward_inputs(grad, x, gamma, keep, dtype, output_mask);
-  return add_backward_formula(grad, x, gamma, keep, scale, dtype, output_mask);
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return scale_kept(x, sources, scale);
 }
 
-// gather with a graph; x beside the rows, which takes its gradient through the same node, if hands_through.
+at::Tensor add_kept_autograd(const at::Tensor& x, const at::Tensor& residual, const std::optional<at::Tensor>& gamma,
+                             const at::Tensor& sources, double scale) {
+  if (!is_differentiated(x, residual, gamma)) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return add_kept(x, residual, gamma, sources, scale);
+  }
+  check_add_kept_inputs(x, residual, gamma, sources);
+  const auto dtype = add_dtype(x, residual, gamma);
+  const auto opmath = dtype == at::kDouble ? at::kDouble : at::kFloat;
+  at::Tensor branch = select_sources(x.to(opmath), sources);
+  if (gamma) {
+    // Masked again behind gamma, which may be infinite.
+    branch = mask_sourceless(at::mul(branch, gamma->to(opmath)), sources);
+  }
+  return at::add(residual.to(opmath), branch, scale).to(dtype);
+}
+
+std::tuple<at::Tensor, at::Tensor> add_kept_backward_autograd(const at::Tensor& grad,
+                                                              const std::optional<at::Tensor>& x,
+                                                              const std::optional<at::Tensor>& gamma,
+                                                              const at::Tensor& sources, double scale,
+                                                              at::ScalarType dtype, std::array<bool, 2> output_mask) {
+  if (!is_differentiated(grad, x, gamma)) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return add_kept_backward(grad, x, gamma, sources, scale, dtype, output_mask);
+  }
+  check_backward_inputs(grad, x, gamma, sources, dtype, output_mask);
+  const auto opmath = grad.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const at::Tensor scaled = at::mul(select_sources(grad.to(opmath), sources), scale);
+  const auto options = grad.options().dtype(dtype);
+  at::Tensor grad_x = at::empty({0}, options);
+  at::Tensor grad_gamma = at::empty({0}, options);
+  if (output_mask[0]) {
+    grad_x = (gamma ? mask_sourceless(at::mul(scaled, gamma->to(opmath)), sources) : scaled).to(dtype);
+  }
+  if (output_mask[1]) {
+    const at::Tensor product = at::mul(scaled, mask_sourceless(x->to(opmath), sources));
+    grad_gamma = product.sum_to_size_symint(gamma->sym_sizes()).to(gamma->scalar_type());
+  }
+  return {std::move(grad_x), std::move(grad_gamma)};
+}
+
+// If hands_through, also returns an alias of x as this node's second output.
 std::tuple<at::Tensor, at::Tensor> gather_autograd(const at::Tensor& x, const at::Tensor& index,
                                                    const at::Tensor& inverse, bool hands_through) {
-  check_not_dual(x, "x", "gather", "stochastic_depth");
-  const auto node = needs_graph(x) ? make_node<GatherBackward>(x) : NodePointer<GatherBackward>();
+  const auto node = make_node_if_needed<GatherBackward>(x);
   at::AutoDispatchBelowADInplaceOrView guard;
-  std::tuple<at::Tensor, at::Tensor> result{gather(x, index, inverse), hands_through ? x : at::Tensor()};
+  std::tuple<at::Tensor, at::Tensor> result{scale_kept(x, index, /*scale=*/1.0), hands_through ? x : at::Tensor()};
   if (node) {
     node->index = Saved(index);
     node->inverse = Saved(inverse);
@@ -305,42 +302,8 @@ std::tuple<at::Tensor, at::Tensor> gather_autograd(const at::Tensor& x, const at
   return result;
 }
 
-at::Tensor scatter_add_autograd(const at::Tensor& y, const at::Tensor& residual, const std::optional<at::Tensor>& gamma,
-                                const at::Tensor& slots, const at::Tensor& kept, double scale) {
-  check_not_dual(y, "y", "scatter_add", "stochastic_depth");
-  check_not_dual(residual, "residual", "scatter_add", "stochastic_depth");
-  check_not_dual(gamma, "gamma", "scatter_add", "stochastic_depth");
-  const auto node = needs_graph(y) || needs_graph(residual) || needs_graph(gamma)
-                        ? make_node<ScatterAddBackward>(y, residual, gamma)
-                        : NodePointer<ScatterAddBackward>();
-  at::Tensor out = [&] {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    return scatter_add(y, residual, gamma, slots, kept, scale);
-  }();
-  if (node) {
-    node->save(y, gamma, scale, /*keeps_all=*/!is_gathered(slots, kept));
-    node->slots = Saved(slots);
-    node->kept = Saved(kept);
-    set_outputs(node, out);
-  }
-  return out;
-}
-
-std::tuple<at::Tensor, at::Tensor> scatter_add_backward_autograd(const at::Tensor& grad,
-                                                                 const std::optional<at::Tensor>& y,
-                                                                 const std::optional<at::Tensor>& gamma,
-                                                                 const at::Tensor& slots, const at::Tensor& kept,
-                                                                 double scale, at::ScalarType dtype,
-                                                                 std::array<bool, 2> output_mask) {
-  if (!is_differentiated(grad, y, gamma)) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    return scatter_add_backward(grad, y, gamma, slots, kept, scale, dtype, output_mask);
-  }
-  check_scatter_add_backward_inputs(grad, y, gamma, slots, kept, dtype, output_mask);
-  if (!is_gathered(slots, kept)) {
-    return add_backward_formula(grad, y, gamma, kept, scale, dtype, output_mask);
-  }
-  return add_backward_formula(gather_formula(grad, kept), y, gamma, kept.ge(0), scale, dtype, output_mask);
+at::Tensor gather(const at::Tensor& x, const at::Tensor& index, const at::Tensor& inverse) {
+  return std::get<0>(gather_autograd(x, index, inverse, /*hands_through=*/false));
 }
 
 }  // namespace
@@ -350,17 +313,27 @@ std::tuple<at::Tensor, at::Tensor> gather_with_x(const at::Tensor& x, const at::
   return gather_autograd(x, index, inverse, /*hands_through=*/true);
 }
 
+at::Tensor scatter_add(const at::Tensor& y, const at::Tensor& residual, const std::optional<at::Tensor>& gamma,
+                       const at::Tensor& slots, const at::Tensor& kept, double scale) {
+  const auto node = make_node_if_needed<AddKeptBackward>(y, residual, gamma);
+  at::Tensor out = [&] {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return add_kept(y, residual, gamma, slots, scale);
+  }();
+  if (node) {
+    node->save(y, gamma, /*sources=*/kept, scale);
+    set_outputs(node, out);
+  }
+  return out;
+}
+
 TORCH_LIBRARY_IMPL(droppath_ext, Autograd, m) {
   m.impl("drop_path", &drop_path_autograd);
-  m.impl("drop_path_backward", &drop_path_backward_autograd);
   m.impl("drop_path_add", &drop_path_add_autograd);
-  m.impl("drop_path_add_backward", &drop_path_add_backward_autograd);
-  m.impl("gather", [](const at::Tensor& x, const at::Tensor& index, const at::Tensor& inverse) {
-    return std::get<0>(gather_autograd(x, index, inverse, /*hands_through=*/false));
-  });
-  m.impl("scatter_add", &scatter_add_autograd);
-  m.impl("scatter_add_backward", &scatter_add_backward_autograd);
   m.impl("draw_fixed", torch::CppFunction::makeFallthrough());  // integers have no derivatives
+  m.impl("scale_kept", &scale_kept_autograd);
+  m.impl("add_kept", &add_kept_autograd);
+  m.impl("add_kept_backward", &add_kept_backward_autograd);
 }
 
 }  // namespace droppath_ext

@@ -10,12 +10,14 @@
 
 #include <cstring>
 
+#include "checks.h"
+#include "draws.h"
+#include "layout.h"
 #include "ops.h"
 
 namespace droppath_ext {
 
-// The package reads this line from the file when the binary does not load: it then still says whom it was built for.
-// A variable that others could change, for of a constant the compiler may keep only pieces between instructions.
+// _native.py greps this from a .so that fails to load. Mutable and extern: gcc would split a constant into immediates.
 extern char built_with[];
 char built_with[] = "droppath_ext built with torch " DROPPATH_EXT_TORCH_VERSION;
 
@@ -85,12 +87,7 @@ std::optional<at::Tensor> drop_path_add(py::handle x, py::handle residual, py::h
                                                  scale_by_keep, per_sample, generator));
 }
 
-at::Tensor keep_mask(uint64_t seed, uint64_t offset, int64_t size, double drop_prob) {
-  droppath_ext::check_drop_prob(drop_prob);
-  return droppath_ext::draw_keep_mask(seed, offset, size, drop_prob);
-}
-
-// The rows, and x for whatever else is computed from it.
+// The gathered samples, and x for whatever else is computed from it.
 std::optional<std::tuple<at::Tensor, at::Tensor>> gather(py::handle x, const at::Tensor& index,
                                                          const at::Tensor& inverse) {
   if (!uses_fused_path(x)) {
@@ -101,7 +98,7 @@ std::optional<std::tuple<at::Tensor, at::Tensor>> gather(py::handle x, const at:
   return droppath_ext::gather_with_x(tensor, index, inverse);
 }
 
-// Without slots and kept, y has a row for each sample.
+// Without slots and kept, y has all samples.
 std::optional<at::Tensor> scatter_add(py::handle y, py::handle residual, py::handle gamma,
                                       const std::optional<at::Tensor>& slots, const std::optional<at::Tensor>& kept,
                                       double scale) {
@@ -110,10 +107,11 @@ std::optional<at::Tensor> scatter_add(py::handle y, py::handle residual, py::han
     return std::nullopt;
   }
   py::gil_scoped_release no_gil;
-  const auto index = [&](const std::optional<at::Tensor>& given) {
-    return given ? *given : at::empty({0}, operands->x.options().dtype(at::kLong));
+  const auto sources = [&](const std::optional<at::Tensor>& index) {
+    return index ? *index : droppath_ext::allocate({0}, at::kBool, operands->x);
   };
-  return droppath_ext::scatter_add(operands->x, operands->residual, operands->gamma, index(slots), index(kept), scale);
+  return droppath_ext::scatter_add(operands->x, operands->residual, operands->gamma, sources(slots), sources(kept),
+                                   scale);
 }
 
 std::tuple<at::Tensor, at::Tensor, int64_t> draw_bernoulli(int64_t size, double drop_prob, at::Device device,
@@ -129,9 +127,19 @@ std::tuple<at::Tensor, at::Tensor> draw_fixed(const at::Tensor& x, int64_t count
   return droppath_ext::draw_fixed(x, count, generator);
 }
 
+// What drop_path and draw_fixed draw with this state of the generator.
+at::Tensor keep_mask(uint64_t seed, uint64_t offset, int64_t size, double drop_prob) {
+  droppath_ext::check_drop_prob(drop_prob);
+  at::Tensor keep = at::empty({size}, at::kBool);
+  droppath_ext::draw_keep_mask(keep, seed, offset, drop_prob);
+  return keep;
+}
+
 at::Tensor fixed_slots(uint64_t seed, uint64_t offset, int64_t size, int64_t count) {
-  TORCH_CHECK_VALUE(count >= 1 && count <= size, "count must be between 1 and the ", size, " samples, but got ", count);
-  return std::get<0>(droppath_ext::fixed_samples(seed, offset, size, count));
+  droppath_ext::check_count(count, size);
+  at::Tensor slots = at::empty({size}, at::kLong);
+  droppath_ext::draw_fixed(slots, at::empty({count}, at::kLong), seed, offset);
+  return slots;
 }
 
 }  // namespace
@@ -155,6 +163,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("gather", &gather, py::arg("x"), py::arg("index"), py::arg("inverse"));
   m.def("scatter_add", &scatter_add, py::arg("y"), py::arg("residual"), py::arg("gamma"), py::arg("slots"),
         py::arg("kept"), py::arg("scale"));
+  m.def("add_kept_", &droppath_ext::add_kept_, py::arg("residual"), py::arg("x"), py::arg("slots"));
   m.def("draw_bernoulli", &draw_bernoulli, py::arg("size"), py::arg("drop_prob"), py::arg("device"),
         py::arg("generator") = py::none());
   m.def("draw_fixed", &draw_fixed, py::arg("x"), py::arg("count"), py::arg("generator") = py::none());

@@ -7,10 +7,12 @@
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/dynamo/compiled_autograd.h>
 
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <string>
 #include <type_traits>
 #include <utility>
 
@@ -57,17 +59,53 @@ void set_outputs(const Pointer& node, const Tensors&... outputs) {
 class Saved {
  public:
   Saved() = default;
-  explicit Saved(const at::Tensor& tensor) : variable_(tensor, /*is_output=*/false), is_defined_(true) {}
+  explicit Saved(const at::Tensor& tensor) : variable(tensor, /*is_output=*/false), is_defined_(true) {}
 
   explicit operator bool() const { return is_defined_; }
-  at::Tensor get() const { return variable_.unpack(); }
+  at::Tensor get() const { return variable.unpack(); }
   std::optional<at::Tensor> get_optional() const { return is_defined_ ? std::optional(get()) : std::nullopt; }
-  // Whoever asks for it from then on is told that the graph was freed.
-  void release() { variable_.reset_data(); }
+
+  torch::autograd::SavedVariable variable;
 
  private:
-  torch::autograd::SavedVariable variable_;
   bool is_defined_ = false;
+};
+
+// A node that computes `differentiate` out of what it saves. Derived has kName, and for_saved(self, f), which calls f
+// with each of its Saved; `key` is whatever else decides what it computes.
+template <typename Derived>
+struct SavingNode : torch::autograd::Node {
+  using Variables = torch::autograd::variable_list;
+
+  std::string name() const override { return Derived::kName; }
+
+  // Whoever asks for the tensors from then on is told that the graph was freed.
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    Derived::for_saved(derived(), [](Saved& saved) { saved.variable.reset_data(); });
+  }
+
+  Variables apply(Variables&& grads) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return derived().differentiate(std::move(grads));
+  }
+
+  // Compiled autograd traces apply with the saved tensors replaced, once for each key.
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
+    const auto& node = static_cast<const Derived&>(*this);
+    Derived::for_saved(node, [&](const Saved& saved) { args.collect(saved.variable, /*is_output=*/false); });
+    node.collect_key(args);
+  }
+
+  Variables apply_with_saved(const Variables& grads, torch::dynamo::autograd::SwapSavedVariables& swap) override {
+    Derived::for_saved(derived(), [&](Saved& saved) { swap.before(saved.variable); });
+    Variables result = apply(Variables(grads));
+    Derived::for_saved(derived(), [&](Saved& saved) { swap.after(saved.variable); });
+    return result;
+  }
+
+ private:
+  Derived& derived() { return static_cast<Derived&>(*this); }
 };
 
 }  // namespace droppath_ext

@@ -1,5 +1,7 @@
 """What every test shares: devices, dtypes, bitwise equality, and the prediction of the next keep mask."""
 
+from itertools import combinations, product
+
 import numpy as np
 import pytest
 import torch
@@ -49,6 +51,26 @@ DEVICES = ["cpu"] if NO_CUDA_REASON else ["cpu", "cuda"]
 def dtypes_id(dtypes):
     """The name of a test's parameter that is a tuple of dtypes."""
     return "-".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def pairwise(*arguments):
+    """Cases in which any two values of two arguments meet: many times fewer than all combinations."""
+
+    def pairs(case):
+        return set(combinations(enumerate(case), 2))
+
+    cases = list(product(*(range(len(values)) for values in arguments)))
+    missing = set().union(*map(pairs, cases))
+    chosen = []
+    while missing:
+        chosen.append(max(cases, key=lambda case: len(pairs(case) & missing)))
+        missing -= pairs(chosen[-1])
+    return [tuple(values[i] for values, i in zip(arguments, case, strict=True)) for case in chosen]
+
+
+def case_id(value):
+    """The name of one value of such a case."""
+    return dtypes_id(value) if isinstance(value, tuple) and any(isinstance(v, torch.dtype) for v in value) else None
 
 
 _INT_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

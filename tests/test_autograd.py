@@ -993,15 +993,43 @@ def test_skip_vmap_where_nothing_is_dropped(device, sampling):
     torch.testing.assert_close(out, x + x.sin())
 
 
-@pytest.mark.parametrize("dual", ["x", "y", "residual", "gamma"])
-def test_the_skip_ops_refuse_what_they_cannot_differentiate(device, dual):
+SOURCES = {
+    "mask": [True, False, True, True, False, True],
+    "one_entry": [True],
+    "no_entries": [],
+    "index": [4, 0, -1, 3, 2, -1],
+    "repeated_index": [4, 4, -1, 0, 4, 0],
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("with_gamma", [False, True])
+def test_ops_of_given_sources_have_derivatives(device, name, with_gamma):
+    """Of every order and both modes, also where an index names a sample twice."""
     ops = torch.ops.droppath_ext
-    index = torch.arange(6, device=device)
-    tensors = dict(zip(("y", "residual", "gamma"), add_inputs((6, 4), (torch.float32,) * 3, device), strict=True))
-    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="carries a tangent"):
-        if dual == "x":
-            x = tensors["residual"]
-            ops.gather(forward_ad.make_dual(x, x), index, index)
-        else:
-            tensors[dual] = forward_ad.make_dual(tensors[dual], tensors[dual])
-            ops.scatter_add(*tensors.values(), index, index, 2.0)
+    sources = torch.tensor(SOURCES[name], dtype=torch.int64 if "index" in name else torch.bool, device=device)
+    x, residual, gamma = add_inputs((6, 4), (torch.float64,) * 3, device)
+    inputs = [t.requires_grad_() for t in ((x, residual, gamma) if with_gamma else (x, residual))]
+
+    def add(x, residual, gamma=None):
+        return ops.add_kept(x, residual, gamma, sources, 1.7)
+
+    def backward(x, grad, gamma=None):
+        grads = ops.add_kept_backward(grad, x, gamma, sources, 1.7, torch.float64, (True, gamma is not None))
+        return grads[: 1 + (gamma is not None)]
+
+    for function, tensors in (
+        (lambda x: ops.scale_kept(x, sources, 1.7), inputs[:1]),
+        (add, inputs),
+        (backward, inputs),
+    ):
+        assert torch.autograd.gradcheck(function, tensors, check_forward_ad=True)
+        assert torch.autograd.gradgradcheck(function, tensors)
+    indices = (
+        torch.arange(6, device=device).where(sources, -1) if sources.dtype is torch.bool and len(sources) else sources
+    )
+    indices = indices if len(sources) else torch.arange(6, device=device)
+    counts = torch.zeros(6, dtype=torch.float64, device=device)
+    counts.index_add_(0, indices.clamp(min=0), (indices >= 0).double())
+    (grad,) = torch.autograd.grad(ops.scale_kept(x, sources, 1.7).sum(), x)
+    torch.testing.assert_close(grad, (1.7 * counts[:, None]).expand(6, 4))

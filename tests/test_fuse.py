@@ -75,7 +75,9 @@ def test_error_is_at_most_that_of_timms_formula(device, dtypes, drop_prob):
     assert out.dtype == timms.dtype
     ours, theirs = (_errors(result, x, residual, gamma, keep, drop_prob) for result in (out, timms))
     assert theirs[1] > 0
-    assert ours[0] <= theirs[0]
+    # CUDA rounds gamma * scale to float32, which may move a float32 result by one unit in the last place of its gamma.
+    slack = torch.finfo(torch.float32).eps if gamma is not None and out.dtype is torch.float32 else 0.0
+    assert ours[0] <= theirs[0] + slack
     assert ours[1] <= theirs[1]
 
 
@@ -244,7 +246,7 @@ class _Calls(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
     def output_masks(self):
-        op = torch.ops.droppath_ext.drop_path_add_backward.default
+        op = torch.ops.droppath_ext.add_kept_backward.default
         return [tuple(args[6]) for function, args in self.calls if function is op]
 
 
@@ -313,7 +315,7 @@ def test_at_most_one_copy(device, x_layout, residual_layout, grad_layout):
     out, forward = _names_of_ops(lambda: drop_path_add(x, residual, 0.5, training=True, gamma=gamma))
     _, backward = _names_of_ops(lambda: torch.autograd.grad(out, (x, gamma), grad))
     assert "droppath_ext::drop_path_add" in forward
-    assert "droppath_ext::drop_path_add_backward" in backward
+    assert "droppath_ext::add_kept_backward" in backward
     assert out.stride() == x.stride()
     assert forward.count("aten::copy_") <= (x_layout != residual_layout)
     assert backward.count("aten::copy_") <= (x_layout != grad_layout)

@@ -21,6 +21,8 @@ from conftest import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from droppath_ext import _C
+
 OPS = torch.ops.droppath_ext
 
 # Elements of a vector; lanes of a warp; threads of a block; elements that a block takes, of one, two or four vectors
@@ -153,7 +155,7 @@ def test_gradients(device, data):
     gamma = draw_gamma(data, device, shape, dtypes[2])
     x, grad = draw_tensors(data, device, (shape, dtypes[0]), (shape, add_dtype(*_ones(dtypes))))
     keep = torch.rand(shape[0], generator=seeded("cpu", data.draw(SEEDS))).to(device) < 0.6
-    grads = OPS.drop_path_add_backward(grad, x, gamma, keep, 1.7, x.dtype, (True, gamma is not None))
+    grads = OPS.add_kept_backward(grad, x, gamma, keep, 1.7, x.dtype, (True, gamma is not None))
     assert_gradients(grads, grad, x, gamma, keep, 1.7)
 
 
@@ -166,7 +168,7 @@ def test_gather(device, data):
     shape, dtype = data.draw(shapes()), data.draw(st.sampled_from(DTYPES))
     (x,) = draw_tensors(data, device, (shape, dtype))
     index, inverse = draw_index(data, device, shape[0])
-    assert_same_bits(OPS.gather(x, index, inverse), taken(x, index))
+    assert_same_bits(OPS.scale_kept(x, index, 1.0), taken(x, index))
 
 
 @explored
@@ -177,15 +179,15 @@ def test_scatter_add(device, data):
     y_shape = (len(kept), *shape[1:])
     y, residual = draw_tensors(data, device, (y_shape, dtypes[0]), (shape, dtypes[1]))
     gamma = draw_gamma(data, device, shape, dtypes[2])
-    out = OPS.scatter_add(y, residual, gamma, slots, kept, 1.7)
+    out = OPS.add_kept(y, residual, gamma, slots, 1.7)
     assert_rounded_once(out, *exact_add(taken(y, slots), residual, gamma, slots >= 0, 1.7))
     assert_same_bits(out[slots < 0], residual[slots < 0].to(out.dtype))
 
     y, grad = draw_tensors(data, device, (y_shape, dtypes[0]), (shape, out.dtype))
-    grads = OPS.scatter_add_backward(grad, y, gamma, slots, kept, 1.7, y.dtype, (True, gamma is not None))
+    grads = OPS.add_kept_backward(grad, y, gamma, kept, 1.7, y.dtype, (True, gamma is not None))
     assert_gradients(grads, taken(grad, kept), y, gamma, kept >= 0, 1.7)
 
     if y.dtype == residual.dtype and residual.stride() == torch.empty_like(residual).stride():
-        expected = OPS.scatter_add(y, residual, None, slots, kept, 1.0)
-        OPS.scatter_add_(residual, y, slots, kept)
+        expected = OPS.add_kept(y, residual, None, slots, 1.0)
+        _C.add_kept_(residual, y, slots)
         assert_same_bits(residual, expected)

@@ -6,31 +6,22 @@
 
 #include <cstdint>
 
-#include "../ops.h"
+#include "../backend.h"
+#include "../rows.h"
 
 namespace droppath_ext {
 
 // Elements below which a second thread costs more than it saves; ATen's own value.
 constexpr int64_t kGrainSize = at::internal::GRAIN_SIZE;
 
-// For small work at::parallel_for still asks OpenMP where it runs; a tiny tensor should not pay for that.
-template <typename F>
-void parallel_for(int64_t size, int64_t grain_size, const F& body) {
-  if (size <= grain_size) {
-    body(0, size);
-  } else {
-    at::parallel_for(0, size, grain_size, body);
-  }
-}
-
-// For each sample of an output, the sample of the input that it is made from, or kDropped; see is_index.
-class Sources {
+// For each sample of an output, the sample of the input that it is made from, or kDropped.
+class SourceLookup {
  public:
-  explicit Sources(const at::Tensor& sources) {
-    if (is_index(sources)) {
-      index_ = sources.const_data_ptr<int64_t>();
-    } else if (sources.numel() != 0) {
-      keep_ = sources.const_data_ptr<bool>();
+  explicit SourceLookup(const Sources& sources) {
+    if (sources.is_index()) {
+      index_ = sources.tensor.const_data_ptr<int64_t>();
+    } else if (sources.entries() != 0) {
+      keep_ = sources.tensor.const_data_ptr<bool>();
     }
   }
 
@@ -62,7 +53,7 @@ struct RowPosition {
 };
 
 // The cost of one run of rows, sample after sample.
-inline int64_t cost_of_samples(const Rows& rows, const Sources& sources, RowCost cost) {
+inline int64_t cost_of_samples(const Rows& rows, const SourceLookup& sources, RowCost cost) {
   int64_t kept = 0;
   for (int64_t sample = 0; sample < rows.samples; ++sample) {
     kept += sources(sample) != kDropped;
@@ -71,7 +62,7 @@ inline int64_t cost_of_samples(const Rows& rows, const Sources& sources, RowCost
 }
 
 // Where `work` units of cost are done; columns are cut at whole cache lines. Needs rows that are not empty.
-inline RowPosition position_after(int64_t work, int64_t samples_cost, const Rows& rows, const Sources& sources,
+inline RowPosition position_after(int64_t work, int64_t samples_cost, const Rows& rows, const SourceLookup& sources,
                                   RowCost cost) {
   constexpr int64_t kColumns = 64;
   const auto cost_of = [&](int64_t sample) { return cost(sources(sample) != kDropped); };
@@ -103,7 +94,7 @@ inline int row_threads(const Rows& rows) { return rows.count * rows.length <= kG
 // Calls body(RowPart) in parallel, for parts that together make up all the rows. `sources` knows each sample.
 // Which thread gets what depends on nothing but the arguments and the number of threads.
 template <typename F>
-void parallel_rows(const Rows& rows, const Sources& sources, RowCost cost, const F& body) {
+void parallel_rows(const Rows& rows, const SourceLookup& sources, RowCost cost, const F& body) {
   const auto run = [&](RowPosition begin, RowPosition end, int thread) {
     RowPlace place = rows.place_of(begin.row);
     for (int64_t column = begin.column; begin.row <= end.row; ++begin.row, column = 0) {

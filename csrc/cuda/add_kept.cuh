@@ -20,7 +20,7 @@ constexpr int kUnroll = std::is_void_v<TR> && std::is_void_v<TGamma> ? 4 : 1;
 // residual is out itself, and what is dropped stays as it is.
 template <typename TO, typename TR, typename TX, typename TGamma, int kWidth>
 __global__ void __launch_bounds__(kThreads)
-    add_kept_kernel(TO* out, const TR* residual, const TX* __restrict__ x, Sources sources, Gamma<TGamma> gamma,
+    add_kept_kernel(TO* out, const TR* residual, const TX* __restrict__ x, SourceLookup sources, Gamma<TGamma> gamma,
                     ChannelPlace gamma_step, Rows rows, RowStrides strides, RowStrides residual_strides, Tiling tiling,
                     bool in_place, Opmath<TO> scale) {
   using F = Opmath<TO>;
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kThreads)
       for (int j = 0; j < kWidth; ++j) {
         F factor = scale;
         if constexpr (kHasGamma) {
-          factor = gamma.factor(factors[j], scale);
+          factor = factors[j] * scale;
         }
         if constexpr (kHasResidual) {
           sums[j] += terms[j] * factor;

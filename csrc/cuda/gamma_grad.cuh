@@ -21,7 +21,7 @@ struct BackwardArgs {
   Opmath<TX>* parts;
   const TG* grad;
   const TX* x;
-  Sources sources;
+  SourceLookup sources;
   Gamma<TGamma> gamma;
   Rows rows;
   RowStrides strides;
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kThreads) gamma_grad_kernel(BackwardArgs<TG, T
     args.gamma.template load<kWidth>(channel).to_opmath(factors);
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) {
-      factors[j] = args.gamma.factor(factors[j], args.scale);
+      factors[j] *= args.scale;
     }
     const int64_t row_of_line = lines.rows_of_line == 1 ? 0 : divide(column, args.rows.length);
     const int64_t column_of_row = column - row_of_line * args.rows.length;

@@ -9,14 +9,14 @@
 // After <tuple>, which it needs and in torch 2.11 does not include.
 #include <ATen/cuda/PhiloxUtils.cuh>
 
-#include "../keep_mask.h"
+#include "../draws.h"
 #include "../rows.h"
 #include "vector.cuh"
 
 namespace droppath_ext {
 
 // For each sample of an output, the sample of the input that it is made from.
-struct Sources {
+struct SourceLookup {
   enum Kind { kAllKept, kDrawnMask, kSavedMask, kIndex };
 
   Kind kind;
@@ -78,7 +78,6 @@ struct Gamma {
   const T* values;  // [channels.count]
   bool is_aligned;  // every vector of x meets a whole vector of gamma
   Channels channels;
-  float scale_rest;  // what the scale lost when it became a float32
 
   // Those for the elements from `place` on. No load is waited for here, but in the last branch: channels shorter than a
   // vector, or vectors that are not aligned to them.
@@ -107,12 +106,6 @@ struct Gamma {
       memcpy(&loaded.values, elements, sizeof(elements));
     }
     return loaded;
-  }
-
-  // gamma * scale, as if of the scale in double precision. An infinite gamma has no rest: it would come out as NaN.
-  template <typename F>
-  __device__ F factor(F gamma, F scale) const {
-    return isinf(gamma) ? gamma * scale : fma(gamma, scale, gamma * static_cast<F>(scale_rest));
   }
 };
 template <>

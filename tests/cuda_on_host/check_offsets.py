@@ -13,6 +13,8 @@ from cuda_on_host.plugin import BUILD, configure
 from cuda_on_host.plugin import OPS as HOST
 from test_geometry import assert_gradients
 
+from droppath_ext import _C
+
 if BUILD in ("pattern", "address", "thread"):
     pytest.skip(f"the build {BUILD} uses all of the memory that is there", allow_module_level=True)
 
@@ -104,7 +106,7 @@ def test_backward_of_small_samples():
         keep[place - 2**14 : place + 2**14] = grad[place - 2**14 : place + 2**14] > 0.3
 
     def function():
-        return OPS.drop_path_backward(grad.view(-1, 1), keep, 2.0)
+        return OPS.scale_kept(grad.view(-1, 1), keep, 2.0)
 
     for grad_x, begin, end in run_near(function, (FAR, total - 1)):
         assert_same_bits(grad_x[begin:end], torch.where(keep[begin:end], grad[begin:end] * 2, 0.0))
@@ -123,7 +125,7 @@ def test_backward_with_gamma(name):
 
     def function():
         operands = grad.view(shape), x.view(shape), along(dim, gamma, len(shape)), keep
-        return OPS.drop_path_add_backward(*operands, 2.0, HALF, (True, True))[0]
+        return OPS.add_kept_backward(*operands, 2.0, HALF, (True, True))[0]
 
     _, [(_, of_a_block), _] = run_blocks(function, 0, 0)
     for place in (FAR, total - 1):
@@ -154,7 +156,7 @@ def test_gradient_of_gamma(name):
     keep[kept] = True
     grad[kept], x[kept] = (random_tensor((2, *sample), HALF, seed=seed) for seed in (1, 2))
     terms = grad[kept].double() * x[kept].double() * 2
-    _, grad_gamma = OPS.drop_path_add_backward(grad, x, gamma, keep, 2.0, HALF, (False, True))
+    _, grad_gamma = OPS.add_kept_backward(grad, x, gamma, keep, 2.0, HALF, (False, True))
     assert_rounded_once(grad_gamma, terms.sum_to_size(gamma.shape), terms.abs().sum_to_size(gamma.shape))
 
 
@@ -173,7 +175,7 @@ def test_gather(layout):
     kept, slots = index_of([samples - 1, samples - 2], samples)
 
     def function():
-        return OPS.gather(view(x.view(shape)), kept, slots)
+        return OPS.scale_kept(view(x.view(shape)), kept, 1.0)
 
     for out, begin, end in run_near(function, (length - 1, total // samples * 2 - 1)):
         places = torch.arange(begin, end)
@@ -189,7 +191,7 @@ def test_scatter_add_in_place():
     y = random_tensor((3, length), HALF, seed=2)
 
     def function():
-        OPS.scatter_add_(residual.view(shape), y, slots, kept)
+        _C.add_kept_(residual.view(shape), y, slots)
         return residual
 
     for out, begin, end in run_near(function, (FAR, total - 1)):
@@ -204,5 +206,5 @@ def test_scatter_add_backward():
     kept, slots = index_of([len(grad) - 1, len(grad) - 2], len(grad))
     grad[kept], y = (random_tensor((2, *sample), HALF, seed=seed) for seed in (1, 2))
     gamma = random_tensor(sample[-1:], HALF, seed=3)
-    grads = OPS.scatter_add_backward(grad, y, gamma, slots, kept, 2.0, HALF, (True, True))
+    grads = OPS.add_kept_backward(grad, y, gamma, kept, 2.0, HALF, (True, True))
     assert_gradients(grads, grad[kept], y, gamma, kept >= 0, 2.0)

@@ -9,7 +9,7 @@ import torch
 from conftest import DTYPES, FUSED_ADD_DTYPES
 from cuda_on_host.plugin import OPS as HOST
 from hypothesis import strategies as st
-from test_geometry import OPS, draw_gamma, draw_index, draw_tensors, explored, shapes
+from test_geometry import _C, OPS, draw_gamma, draw_index, draw_tensors, explored, shapes
 
 CPU = torch.device("cpu")
 
@@ -42,7 +42,7 @@ def test_drop_path(data):
         out, keep = OPS.drop_path(x, 0.5, True, True)
     assert runs == memory_of(out)
     with recorded() as runs:
-        grad_x = OPS.drop_path_backward(x, keep, 2.0)
+        grad_x = OPS.scale_kept(x, keep, 2.0)
     assert runs == memory_of(grad_x)
 
 
@@ -56,7 +56,7 @@ def test_drop_path_add(data):
     assert runs == memory_of(out)
     for output_mask in ((True, gamma is not None), (True, False), (False, gamma is not None)):
         with recorded() as runs:
-            grad_x, _ = OPS.drop_path_add_backward(out, x, gamma, keep, 2.0, x.dtype, output_mask)
+            grad_x, _ = OPS.add_kept_backward(out, x, gamma, keep, 2.0, x.dtype, output_mask)
         assert runs == memory_of(grad_x)
 
 
@@ -67,18 +67,18 @@ def test_gather_and_scatter_add(data):
     gamma = draw_gamma(data, CPU, shape, dtypes[2])
     kept, slots = draw_index(data, CPU, shape[0])
     with recorded() as runs:
-        y = OPS.gather(x, kept, slots)
+        y = OPS.scale_kept(x, kept, 1.0)
     assert runs == memory_of(y)
     with recorded() as runs:
-        out = OPS.scatter_add(y, residual, gamma, slots, kept, 2.0)
+        out = OPS.add_kept(y, residual, gamma, slots, 2.0)
     assert runs == memory_of(out)
     with recorded() as runs:
-        grad_y, _ = OPS.scatter_add_backward(out, y, gamma, slots, kept, 2.0, y.dtype, (True, gamma is not None))
+        grad_y, _ = OPS.add_kept_backward(out, y, gamma, kept, 2.0, y.dtype, (True, gamma is not None))
     assert runs == memory_of(grad_y)
 
     x = torch.empty_like(x).copy_(x)  # dense, its dims in the order of x
     with recorded() as runs:
-        OPS.scatter_add_(x, y, slots, kept)
+        _C.add_kept_(x, y, slots)
     assert runs == memory_of(x, slots >= 0)
 
 
@@ -86,6 +86,6 @@ def test_rows_that_an_index_does_not_find_are_zeros():
     x = torch.ones(8, 100)
     index = torch.tensor([7, 8, -1, -2, 2**40, -(2**40)])
     with recorded() as runs:
-        out = OPS.gather(x, index, torch.full((8,), -1))
+        out = OPS.scale_kept(x, index, 1.0)
     assert runs == memory_of(out)
     assert out.sum(1).tolist() == [100, 0, 0, 0, 0, 0]

@@ -5,9 +5,13 @@
 
 #include "cuda_on_host.h"
 
-// TORCH_LIBRARY_IMPL(…, CUDA, …) registers for the CPU.
+#include "csrc/backend.h"
+
+// What is entered for DeviceType::CUDA is entered for the CPU.
 #define CUDA CPU
-#include "csrc/cuda/drop_path.cu"
+#include "csrc/cuda/add_kept.cu"
+#include "csrc/cuda/draws.cu"
+#include "csrc/cuda/gamma_grad.cu"
 #undef CUDA
 
 #include "index_functions.h"

@@ -1,6 +1,8 @@
-// The draws that every kernel shares: is sample b kept? Which come first?
+// Draws: the ones that every kernel shares, for host and device; and those of the host.
 #pragma once
 
+#include <ATen/core/Generator.h>
+#include <ATen/core/Tensor.h>
 #include <c10/macros/Macros.h>
 #include <c10/util/Exception.h>
 // After Exception.h, which it needs and does not include.
@@ -8,6 +10,8 @@
 
 #include <cmath>
 #include <cstdint>
+#include <optional>
+#include <tuple>
 
 namespace droppath_ext {
 
@@ -35,5 +39,16 @@ C10_HOST_DEVICE inline uint64_t draw_key(uint64_t seed, uint64_t offset, uint64_
   }
   return key | sample;
 }
+
+// What a device draws with this state of its generator, into tensors on the CPU: the keep mask, and the indices of the
+// op draw_fixed.
+void draw_keep_mask(const at::Tensor& keep, uint64_t seed, uint64_t offset, double drop_prob);
+void draw_fixed(const at::Tensor& slots, const at::Tensor& kept, uint64_t seed, uint64_t offset);
+
+// Independent draws on the host, so that the number of kept samples, the last result, is known at once: the place of
+// each sample among the kept ones, -1 if it is dropped, [size]; and the kept ones, or -1 if there is none,
+// [max(kept, 1)]. int64, on the device.
+std::tuple<at::Tensor, at::Tensor, int64_t> draw_bernoulli(int64_t size, double drop_prob, at::Device device,
+                                                           const std::optional<at::Generator>& generator);
 
 }  // namespace droppath_ext

@@ -1,0 +1,38 @@
+// Draws on the CPU, from one number of the generator.
+#include "../draws.h"
+
+#include <ATen/CPUGeneratorImpl.h>
+
+#include "operands.h"
+
+namespace droppath_ext {
+namespace {
+
+uint64_t draw_seed(const std::optional<at::Generator>& generator) {
+  auto* cpu_generator =
+      at::get_generator_or_default<at::CPUGeneratorImpl>(generator, at::detail::getDefaultCPUGenerator());
+  const std::lock_guard<std::mutex> lock(cpu_generator->mutex_);
+  return cpu_generator->random64();
+}
+
+void draw_fixed_cpu(const at::Tensor& slots, const at::Tensor& kept, const std::optional<at::Generator>& generator) {
+  draw_fixed(slots, kept, draw_seed(generator), /*offset=*/0);
+}
+
+const bool draw_fixed_is_entered = (backend_of(at::kCPU).draw_fixed = &draw_fixed_cpu, true);
+
+}  // namespace
+
+void prepare(const Sources& sources, int64_t samples) {
+  if (sources.is_drawn) {
+    draw_keep_mask(sources.tensor, draw_seed(sources.generator), /*offset=*/0, sources.drop_prob);
+  } else if (sources.is_index()) {
+    const auto* data = sources.tensor.const_data_ptr<int64_t>();
+    for (int64_t i = 0; i < sources.tensor.numel(); ++i) {
+      TORCH_CHECK_INDEX(data[i] >= kDropped && data[i] < samples, "an index must be between -1 and ", samples - 1,
+                        ", but got ", data[i]);
+    }
+  }
+}
+
+}  // namespace droppath_ext
