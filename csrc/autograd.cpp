@@ -18,7 +18,6 @@ namespace droppath_ext {
 namespace {
 
 using torch::autograd::variable_list;
-using torch::dynamo::autograd::CompiledNodeArgs;
 
 // A graph node costs more than a tiny forward: build it only where somebody will ask for gradients.
 bool needs_graph(const at::Tensor& x) { return at::GradMode::is_enabled() && x.requires_grad(); }
@@ -55,25 +54,25 @@ at::Tensor mask_sourceless(const at::Tensor& x, const at::Tensor& sources) {
   return is_index(sources) ? mask_dropped(x, sources.ge(0)) : select_sources(x, sources);
 }
 
-struct DropPathBackward final : SavingNode<DropPathBackward> {
+struct DropPathBackward final : SavingNode<DropPathBackward, 1> {
   static constexpr auto kName = "DropPathBackward";
 
   Saved keep;
   double scale = 1;
 
   template <typename Self, typename F>
-  static void for_saved(Self& self, const F& f) {
+  static void for_members(Self& self, const F& f) {
     f(self.keep);
+    f(self.scale);
   }
-  void collect_key(CompiledNodeArgs& args) const { args.collect(scale); }
 
-  variable_list differentiate(variable_list&& grads) {
+  variable_list differentiate(variable_list&& grads, const Needs& /*needs*/) {
     return {grads[0].defined() ? scale_kept(grads[0], keep.get(), scale) : at::Tensor()};
   }
 };
 
 // residual + gamma * x[source] * scale: drop_path_add and scatter_add.
-struct AddKeptBackward final : SavingNode<AddKeptBackward> {
+struct AddKeptBackward final : SavingNode<AddKeptBackward, 3> {
   static constexpr auto kName = "AddKeptBackward";
   enum Input { kX, kResidual, kGamma };
 
@@ -85,17 +84,13 @@ struct AddKeptBackward final : SavingNode<AddKeptBackward> {
   bool is_addition = false;           // and nothing else
 
   template <typename Self, typename F>
-  static void for_saved(Self& self, const F& f) {
+  static void for_members(Self& self, const F& f) {
     f(self.x);
     f(self.gamma);
     f(self.sources);
-  }
-  void collect_key(CompiledNodeArgs& args) const {
-    args.collect(scale);
-    args.collect(dtype);
-    args.collect(is_addition);
-    args.collect(static_cast<bool>(x));
-    args.collect(static_cast<bool>(gamma));
+    f(self.scale);
+    f(self.dtype);
+    f(self.is_addition);
   }
 
   void save(const at::Tensor& x_input, const std::optional<at::Tensor>& gamma_input, const at::Tensor& sources_input,
@@ -112,15 +107,15 @@ struct AddKeptBackward final : SavingNode<AddKeptBackward> {
     is_addition = keeps_all(sources_input) && !gamma_input && scale == 1.0;
   }
 
-  variable_list differentiate(variable_list&& grads) {
+  variable_list differentiate(variable_list&& grads, const Needs& needs) {
     variable_list result(3);
     const at::Tensor& grad = grads[0];
     if (!grad.defined()) {
       return result;
     }
-    const bool needs_x = task_should_compute_output(kX);
-    const bool needs_gamma = x && task_should_compute_output(kGamma);
-    if (task_should_compute_output(kResidual)) {
+    const bool needs_x = needs[kX];
+    const bool needs_gamma = x && needs[kGamma];
+    if (needs[kResidual]) {
       result[kResidual] = grad;  // the engine casts what is not of the input's dtype
     }
     if (is_addition) {
@@ -139,21 +134,20 @@ struct AddKeptBackward final : SavingNode<AddKeptBackward> {
 at::Tensor gather(const at::Tensor& x, const at::Tensor& index, const at::Tensor& inverse);
 
 // Outputs: the samples, and x if it was handed through.
-struct GatherBackward final : SavingNode<GatherBackward> {
+struct GatherBackward final : SavingNode<GatherBackward, 1> {
   static constexpr auto kName = "GatherBackward";
 
   Saved index;
   Saved inverse;
 
   template <typename Self, typename F>
-  static void for_saved(Self& self, const F& f) {
+  static void for_members(Self& self, const F& f) {
     f(self.index);
     f(self.inverse);
   }
-  void collect_key(CompiledNodeArgs& /*args*/) const {}
 
   // Adds the samples' gradient to that of x; in place if nobody else holds it.
-  variable_list differentiate(variable_list&& grads) {
+  variable_list differentiate(variable_list&& grads, const Needs& /*needs*/) {
     const at::Tensor& grad_samples = grads[0];
     at::Tensor grad_x = grads.size() > 1 ? std::move(grads[1]) : at::Tensor();
     if (!grad_samples.defined()) {

@@ -9,12 +9,14 @@
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/dynamo/compiled_autograd.h>
 
+#include <array>
 #include <memory>
 #include <mutex>
 #include <optional>
 #include <string>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 namespace droppath_ext {
 
@@ -71,40 +73,105 @@ class Saved {
   bool is_defined_ = false;
 };
 
-// A node that computes `differentiate` out of what it saves. Derived has kName, and for_saved(self, f), which calls f
-// with each of its Saved; `key` is whatever else decides what it computes.
-template <typename Derived>
-struct SavingNode : torch::autograd::Node {
+// A node whose gradients are computed from what it saves: Derived has
+//   kName;
+//   differentiate(grads, needs): the gradients of the inputs, of which `needs` says which are asked for;
+//   for_members(self, f), which calls f with each of its members, a Saved or a number.
+template <typename Derived, size_t kInputs>
+class SavingNode : public torch::autograd::Node {
+ public:
   using Variables = torch::autograd::variable_list;
+  using Needs = std::array<bool, kInputs>;
 
   std::string name() const override { return Derived::kName; }
 
   // Whoever asks for the tensors from then on is told that the graph was freed.
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    Derived::for_saved(derived(), [](Saved& saved) { saved.variable.reset_data(); });
+    Derived::for_members(derived(), [](auto& member) {
+      if constexpr (is_saved<decltype(member)>) {
+        member.variable.reset_data();
+      }
+    });
   }
 
   Variables apply(Variables&& grads) override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    return derived().differentiate(std::move(grads));
+    return derived().differentiate(std::move(grads), needs());
   }
 
-  // Compiled autograd traces apply with the saved tensors replaced, once for each key.
+  // Compiled autograd asks for what decides the graph, then for the graph: a call of `differentiate_packed`, whose
+  // arguments are all that the node holds, with the saved tensors replaced by those of the graph.
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
-    const auto& node = static_cast<const Derived&>(*this);
-    Derived::for_saved(node, [&](const Saved& saved) { args.collect(saved.variable, /*is_output=*/false); });
-    node.collect_key(args);
+    Derived::for_members(static_cast<const Derived&>(*this), [&](const auto& member) {
+      if constexpr (is_saved<decltype(member)>) {
+        args.collect(static_cast<bool>(member));
+        args.collect(member.variable, /*is_output=*/false);
+      } else {
+        args.collect(member);
+      }
+    });
   }
 
   Variables apply_with_saved(const Variables& grads, torch::dynamo::autograd::SwapSavedVariables& swap) override {
-    Derived::for_saved(derived(), [&](Saved& saved) { swap.before(saved.variable); });
-    Variables result = apply(Variables(grads));
-    Derived::for_saved(derived(), [&](Saved& saved) { swap.after(saved.variable); });
+    torch::dynamo::autograd::PackedArgs packed;
+    Derived::for_members(derived(), [&](auto& member) {
+      if constexpr (is_saved<decltype(member)>) {
+        swap.before(member.variable);
+        packed.pack(member.get_optional());
+      } else {
+        packed.pack(member);
+      }
+    });
+    packed.pack(needs());
+    std::vector<at::TypePtr> schema;
+    for (const auto& value : packed.vec()) {
+      schema.emplace_back(value.isTensor() ? at::TensorType::get() : value.type());
+    }
+    const auto& compiler = torch::dynamo::autograd::getPyCompilerInterface();
+    const std::string function =
+        compiler->bind_function(swap.get_py_compiler(), name(), &differentiate_packed, std::move(schema),
+                                /*is_custom_function=*/true, /*is_traceable=*/true);
+    const auto metadata =
+        torch::dynamo::autograd::IValuePacker<std::vector<std::optional<torch::autograd::InputMetadata>>>::pack(
+            torch::dynamo::autograd::get_input_metadata(next_edges()));
+    Variables result =
+        compiler->call_function(swap.get_py_compiler(), "apply_functional", function, grads, packed.vec(), metadata);
+    Derived::for_members(derived(), [&](auto& member) {
+      if constexpr (is_saved<decltype(member)>) {
+        swap.after(member.variable);
+      }
+    });
     return result;
   }
 
  private:
+  template <typename Member>
+  static constexpr bool is_saved = std::is_same_v<std::decay_t<Member>, Saved>;
+
+  static Variables differentiate_packed(const Variables& grads, const std::vector<c10::IValue>& args) {
+    torch::dynamo::autograd::PackedArgs packed(args);
+    Derived node;
+    Derived::for_members(node, [&](auto& member) {
+      if constexpr (is_saved<decltype(member)>) {
+        const auto tensor = packed.unpack<std::optional<at::Tensor>>();
+        member = tensor && tensor->defined() ? Saved(*tensor) : Saved();
+      } else {
+        member = packed.unpack<std::decay_t<decltype(member)>>();
+      }
+    });
+    const auto needs = packed.unpack<Needs>();
+    return node.differentiate(Variables(grads), needs);
+  }
+
+  Needs needs() const {
+    Needs needs;
+    for (size_t i = 0; i < kInputs; ++i) {
+      needs[i] = task_should_compute_output(i);
+    }
+    return needs;
+  }
+
   Derived& derived() { return static_cast<Derived&>(*this); }
 };
 

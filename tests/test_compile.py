@@ -557,3 +557,37 @@ def test_skip_errors_survive_compilation(device, branch, gamma_shape, message):
     )
     with pytest.raises(Exception, match=message):
         compiled(torch.ones(2, 2, device=device))
+
+
+# --- compiled autograd: the backward of a graph that eager calls built ---
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("name", ["drop_path", "drop_path_add", "gamma", "bernoulli", "fixed"])
+def test_compiled_autograd(device, backend, name):
+    """The gradients of eager mode, also at a second call and where not every input needs one."""
+    inputs = [t.requires_grad_() for t in add_inputs((8, 5), (torch.float32,) * 3, device)]
+
+    def function(x, residual, gamma):
+        torch.manual_seed(1)
+        x, residual = x.sin(), residual.cos()  # so that the gradients have somewhere to go
+        if name == "drop_path":
+            return drop_path(x, 0.5, True) + residual
+        if name in ("drop_path_add", "gamma"):
+            return drop_path_add(x, residual, 0.5, True, gamma=gamma if name == "gamma" else None)
+        x = stochastic_depth(x, torch.sin, 0.5, True, gamma=gamma, sampling=name)
+        return stochastic_depth(x, torch.cos, 0.5, True, sampling=name) + residual
+
+    grad = random_tensor((8, 5), device=device, seed=3)
+    for needs in ((True, True, True), (False, True, True), (True, True, True)):
+        leaves = [t.detach().requires_grad_(r) for t, r in zip(inputs, needs, strict=True)]
+        function(*leaves).backward(grad)
+        expected = [leaf.grad for leaf in leaves]
+        for leaf in leaves:
+            leaf.grad = None
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend=backend)):
+            function(*leaves).backward(grad)
+        for leaf, wanted in zip(leaves, expected, strict=True):
+            assert (leaf.grad is None) == (wanted is None)
+            if wanted is not None:
+                torch.testing.assert_close(leaf.grad, wanted)

@@ -594,7 +594,7 @@ def test_add_module_in_a_subclass_model(device):
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("with_gamma", [False, True])
 def test_skip_takes_the_fused_path(device, sampling, with_gamma):
-    """One pass over the samples in front of the branch and one behind it, each way, and none of the composite's operations."""
+    """One pass in front of the branch and one behind it, each way, and none of the composite's operations."""
     x, _, gamma = add_inputs((8, 3), FLOATS, device)
     x.requires_grad_()
     leaves = [x]

@@ -195,7 +195,7 @@ def test_opcheck_draw_fixed(device, size, dtype):
     pairwise(WITH_SAMPLES, DTYPES, SOURCES, [1.0, 2.0, 1 / 0.7]),
 )
 def test_scale_kept(device, layout, dtype, name, scale):
-    """Scaled and rounded once; with scale 1 copied bit for bit, NaN included. The samples lie in memory as those of x."""
+    """Rounded once; with scale 1 copied bit for bit, NaN included. The samples lie in memory as those of x."""
     x, sources = LAYOUTS[layout](device, dtype).clone(), sources_of(name, device)
     if x.numel():
         x[(0,) * x.dim()] = float("nan") if scale == 1.0 else float("inf")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
+    NO_CUDA_REASON,
     SAMPLINGS,
     Recorded,
     added_samples,
@@ -22,6 +23,7 @@ from conftest import (
     skip_scale,
     twin_of,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from droppath_ext import _C, drop_path, reference, stochastic_depth
 
@@ -149,6 +151,29 @@ def test_bernoulli_takes_one_number_from_the_host(device, drop_prob, size):
     draw_seed(twin)
     assert torch.equal(twin.get_state(), torch.get_rng_state())
     assert device.type == "cpu" or torch.equal(generator_state(device), on_device)
+
+
+class _Copies(TorchDispatchMode):
+    """Notes every copy to another device."""
+
+    def __init__(self):
+        super().__init__()
+        self.copies = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._to_copy.default:
+            self.copies.append((args[0].is_pinned(), (kwargs or {}).get("non_blocking", False)))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("device_type", ["meta", *([] if NO_CUDA_REASON else ["cuda"])])
+def test_nobody_goes_on_before_pageable_memory_is_copied(device_type):
+    """A copy that does not block reads its source later, when pageable memory may have been freed."""
+    with _Copies() as mode:
+        _C.draw_bernoulli(8, 0.5, torch.device(device_type))
+    assert len(mode.copies) == 1
+    for is_pinned, non_blocking in mode.copies:
+        assert is_pinned or not non_blocking
 
 
 @pytest.mark.parametrize("size", [1, 9, 1000])
