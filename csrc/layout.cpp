@@ -63,7 +63,7 @@ namespace {
 
 std::optional<RowStrides> find_row_strides(const at::Tensor& x, const at::Tensor& out, const Rows& rows,
                                            bool is_gathered) {
-  RowStrides strides{rows.length, rows.length * rows.samples};
+  RowStrides strides{rows.length, rows.outer_stride()};
   if ((x.strides() == out.strides() && !is_gathered) || x.numel() == 0 || out.numel() == 0) {
     return strides;
   }
@@ -75,7 +75,7 @@ std::optional<RowStrides> find_row_strides(const at::Tensor& x, const at::Tensor
     }
     if (is_sample(dim)) {
       strides.sample = x.stride(dim);
-    } else if (out.stride(dim) == rows.length * rows.samples) {
+    } else if (out.stride(dim) == rows.outer_stride()) {
       strides.outer = x.stride(dim);
     }
   }
@@ -84,7 +84,7 @@ std::optional<RowStrides> find_row_strides(const at::Tensor& x, const at::Tensor
       continue;
     }
     const int64_t expected =
-        is_inner(dim) ? out.stride(dim) : strides.outer * (out.stride(dim) / (rows.length * rows.samples));
+        is_inner(dim) ? out.stride(dim) : strides.outer * (out.stride(dim) / (rows.outer_stride()));
     if (x.stride(dim) != expected) {
       return std::nullopt;
     }

@@ -37,6 +37,9 @@ struct Rows {
     return {row - outer * samples, outer};
   }
 
+  // From a row to the next one of its sample, in elements of the output.
+  int64_t outer_stride() const { return length * samples; }
+
   // Further on by as many rows as lie before `step`; without a division.
   C10_HOST_DEVICE RowPlace advance(RowPlace place, const RowPlace& step) const {
     place.sample += step.sample;

@@ -36,9 +36,8 @@ __global__ void __launch_bounds__(kThreads)
   const Tile tile = tiling.tile(blockIdx.x, rows);
 #pragma unroll 1
   for (int i = threadIdx.x; i < tile.rows; i += kThreads) {
-    const int64_t row = tile.first_row + i;
-    const bool writes_mask = tile.first_column == 0 && row < rows.samples;
-    const RowPlace place = rows.place_of(row);
+    const RowPlace place = rows.place_of(tile.first_row + i);
+    const bool writes_mask = tile.first_column == 0 && place.outer == 0;
     const int64_t source = sources(place.sample, writes_mask);
     offsets[i] = source == kDropped ? kDropped : strides.offset_of(source, place.outer) + tile.first_column;
     if constexpr (kHasResidual) {
