@@ -1,7 +1,6 @@
 """The public functions: arguments are checked and the path is chosen here."""
 
 import functools
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -10,25 +9,19 @@ from torch.compiler import is_compiling
 
 from . import reference
 from ._native import _C, REBUILD
-from .sampling import Samples, check_generator, check_sampling, draw_samples
-
-MODES = ("row", "batch")
-
-
-def check_drop_prob(drop_prob: float) -> None:
-    """Raise unless ``drop_prob`` is a number in [0, 1]."""
-    try:
-        valid = 0.0 <= drop_prob <= 1.0
-    except TypeError:
-        raise TypeError(f"drop_prob must be a number in [0, 1], but got {drop_prob!r}") from None
-    if not valid:
-        raise ValueError(f"drop_prob must be in [0, 1], but got {drop_prob!r}")
-
-
-def check_mode(mode: str) -> None:
-    """Raise unless ``mode`` is "row" or "batch"."""
-    if mode not in MODES:
-        raise ValueError(f'mode must be "row" or "batch", but got {mode!r}')
+from .checks import (
+    DTYPES,
+    check_batched,
+    check_branch,
+    check_drop_prob,
+    check_gamma,
+    check_gatherable,
+    check_generator,
+    check_mode,
+    check_output,
+    check_sampling,
+)
+from .sampling import Samples, draw_samples
 
 
 @functools.cache
@@ -210,11 +203,11 @@ def stochastic_depth(
     check_drop_prob(drop_prob)
     check_sampling(sampling)
     check_branch(branch)
-    _check_gatherable(x)
+    check_gatherable(x)
     check_generator(generator, sampling, x)
     if gamma is not None:
-        reference.check_gamma(gamma, x)
-    _check_batched(batched, x)
+        check_gamma(gamma, x)
+    check_batched(batched, x)
     if not is_compiling():
         _warn_without_kernels(x)
     samples, scale = None, 1.0
@@ -229,36 +222,8 @@ def stochastic_depth(
     y = branch(rows, *batched)
     if _versions(x, rows) != versions:
         raise RuntimeError("branch must not change its input or x in place: where nothing is dropped, its input is x")
-    _check_output(y, rows)
+    check_output(y, rows)
     return _scatter_add(y, residual, gamma, samples, scale)
-
-
-def check_branch(branch: Callable[..., Tensor]) -> None:
-    """Raise unless ``branch`` can be called."""
-    if not callable(branch):
-        raise TypeError(f"branch must be callable, but got {type(branch).__name__}")
-
-
-def _check_gatherable(x: Tensor) -> None:
-    reference.check_input(x)
-    if x.is_nested:
-        raise TypeError("x must not be a nested tensor: its samples cannot be gathered")
-    # Nobody has a DTensor before its module is loaded, which takes a while.
-    distributed = None if is_compiling() else sys.modules.get("torch.distributed.tensor")
-    if distributed is not None and isinstance(x, distributed.DTensor):
-        raise TypeError("x must not be a DTensor: its samples cannot be gathered; use x.to_local()")
-
-
-def _check_batched(batched: Sequence[Tensor], x: Tensor) -> None:
-    if isinstance(batched, Tensor) or not isinstance(batched, Sequence):
-        raise TypeError(f"batched must be a sequence of tensors, but got {type(batched).__name__}")
-    for i, tensor in enumerate(batched):
-        name = f"batched[{i}]"
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a Tensor, but got {type(tensor).__name__}")
-        if tensor.ndim == 0 or tensor.shape[0] != x.shape[0]:
-            raise ValueError(f"{name} must have the {x.shape[0]} samples of x, but got shape {list(tensor.shape)}")
-        reference.check_device(tensor, name, x)
 
 
 def _versions(*tensors: Tensor) -> list[int]:
@@ -266,17 +231,9 @@ def _versions(*tensors: Tensor) -> list[int]:
     return [] if is_compiling() else [tensor._version for tensor in tensors if not tensor.is_inference()]
 
 
-def _check_output(y: Tensor, rows: Tensor) -> None:
-    name = "the output of branch"
-    reference.check_dtype(y, name)
-    reference.check_device(y, name, rows)
-    if y.shape != rows.shape:
-        raise ValueError(f"{name} must have the shape of its input, {list(rows.shape)}, but got {list(y.shape)}")
-
-
 def _gather(x: Tensor, samples: Samples) -> tuple[Tensor, Tensor]:
     """The taken samples of x, and x: to be used in place of x where the gradients of both shall meet in one pass."""
-    if x.dtype not in reference.DTYPES:
+    if x.dtype not in DTYPES:
         return x.index_select(0, samples.taken), x
     pair = None if is_compiling() else _C.gather(x, samples.taken, samples.slots)
     return (reference.gather(x, samples.taken, samples.slots), x) if pair is None else pair

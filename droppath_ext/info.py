@@ -8,8 +8,8 @@ from torch import Tensor
 
 from . import reference
 from ._native import _C
+from .checks import DTYPES, SAMPLINGS
 from .functional import drop_path, drop_path_add, stochastic_depth
-from .sampling import SAMPLINGS
 from .version import __version__
 
 
@@ -43,7 +43,7 @@ def self_test(device: str) -> None:
     """Run forward and backward on ``device``; raise RuntimeError where they differ from ``reference``."""
     drop_prob = 0.5
     scale = reference.keep_scale(drop_prob, scale_by_keep=True)
-    for dtype in reference.DTYPES:
+    for dtype in DTYPES:
         for shape in ((64, 197, 24), (64, 7)):  # one for each of the kernels: long rows of vectors, odd short ones
             x = torch.rand(shape, device=device).add_(0.5).to(dtype).requires_grad_()
             grad = torch.randn_like(x)

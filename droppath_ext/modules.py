@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from .functional import check_branch, check_drop_prob, check_mode, drop_path, drop_path_add, stochastic_depth
-from .sampling import check_sampling
+from .checks import check_branch, check_drop_prob, check_mode, check_sampling
+from .functional import drop_path, drop_path_add, stochastic_depth
 
 
 class DropPath(nn.Module):
