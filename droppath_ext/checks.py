@@ -3,16 +3,22 @@
 The native ops check what reaches them in the same words.
 """
 
+import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Generator, Tensor
 from torch.compiler import is_compiling
+from torch.jit._trace import TracerWarning
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MODES = ("row", "batch")
 SAMPLINGS = ("bernoulli", "fixed")
+
+# torch.jit.trace warns where shapes are compared; a check that passes leaves nothing in the trace.
+warnings.filterwarnings("ignore", category=TracerWarning, module=re.escape(__name__))
 
 
 def check_drop_prob(drop_prob: float) -> None:
@@ -68,13 +74,28 @@ def check_device(tensor: Tensor, name: str, x: Tensor) -> None:
 
 
 def check_gamma(gamma: Tensor, x: Tensor) -> None:
-    """Raise unless gamma has an entry for each index of one dimension of a sample of x, and size 1 elsewhere."""
+    """Raise unless gamma can be multiplied with each sample of x."""
     check_dtype(gamma, "gamma")
     check_device(gamma, "gamma", x)
-    dims = range(x.ndim - gamma.ndim, x.ndim)  # those of x that gamma's meet
-    long = {dim for dim, size in zip(dims, gamma.shape, strict=True) if size != 1}
-    fits = any(dim > 0 and long <= {dim} and gamma.shape[dim - dims.start] == x.shape[dim] for dim in dims)
-    if dims.start < 0 or not fits:
+    check_gamma_shape(gamma, x)
+
+
+def check_gamma_shape(gamma: Tensor, x: Tensor) -> None:
+    """Raise unless gamma has an entry for each index of one dimension of a sample of x, and size 1 elsewhere.
+
+    Also compiled by torch.jit.script, hence the loops.
+    """
+    first = x.ndim - gamma.ndim  # the dimension of x that gamma's first one meets
+    long = 0
+    for size in gamma.shape:
+        if size != 1:
+            long += 1
+    fits = False
+    for dim, size in enumerate(gamma.shape):
+        alone = long == 0 or (long == 1 and size != 1)
+        if alone and first + dim > 0 and size == x.shape[first + dim]:
+            fits = True
+    if first < 0 or not fits:
         raise ValueError(
             "gamma must broadcast along one dim of a sample, as [D] or [C, 1, 1] do, "
             f"but got shape {list(gamma.shape)} for x of shape {list(x.shape)}"

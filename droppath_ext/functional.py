@@ -22,6 +22,15 @@ from .checks import (
     check_sampling,
 )
 from .sampling import Samples, draw_samples
+from .tracing import (
+    is_jit_tracing,
+    is_recorded,
+    record,
+    scripted_drop_path,
+    scripted_drop_path_add,
+    scripted_stochastic_depth,
+    scripts_as,
+)
 
 
 @functools.cache
@@ -38,6 +47,7 @@ def _warn_without_kernels(x: Tensor) -> None:
         _warn_once_without_kernels()
 
 
+@scripts_as(lambda: scripted_drop_path)
 def drop_path(
     x: Tensor,
     drop_prob: float = 0.0,
@@ -78,10 +88,13 @@ def drop_path(
         out = _C.drop_path(x, drop_prob, scale_by_keep, mode == "row", generator)
         if out is not None:
             return out
+        if is_recorded(x):
+            return record(drop_path, (x,), x, drop_prob, training, scale_by_keep, mode=mode, generator=generator)
         _warn_without_kernels(x)
     return reference.drop_path(x, drop_prob, scale_by_keep, mode, generator)
 
 
+@scripts_as(lambda: scripted_drop_path_add)
 def drop_path_add(
     x: Tensor,
     residual: Tensor,
@@ -128,16 +141,21 @@ def drop_path_add(
     """
     check_drop_prob(drop_prob)
     check_mode(mode)
-    if not training:
-        drop_prob = 0.0
-    if not is_compiling():
-        out = _C.drop_path_add(x, residual, gamma, drop_prob, scale_by_keep, mode == "row", generator)
+    p = drop_prob if training else 0.0
+    # A jit trace of the evaluation is of ATen ops, which run where this package is missing.
+    if not is_compiling() and (p > 0.0 or not is_jit_tracing()):
+        out = _C.drop_path_add(x, residual, gamma, p, scale_by_keep, mode == "row", generator)
         if out is not None:
             return out
+        tensors = (x, residual, gamma)
+        if is_recorded(*tensors):
+            options = {"gamma": gamma, "mode": mode, "generator": generator}
+            return record(drop_path_add, tensors, x, residual, drop_prob, training, scale_by_keep, **options)
         _warn_without_kernels(x)
-    return reference.drop_path_add(x, residual, drop_prob, scale_by_keep, gamma, mode, generator)
+    return reference.drop_path_add(x, residual, p, scale_by_keep, gamma, mode, generator)
 
 
+@scripts_as(scripted_stochastic_depth)
 def stochastic_depth(
     x: Tensor,
     branch: Callable[..., Tensor],
@@ -203,6 +221,9 @@ def stochastic_depth(
     check_drop_prob(drop_prob)
     check_sampling(sampling)
     check_branch(branch)
+    if not is_compiling() and is_recorded(x, gamma):
+        options = {"gamma": gamma, "batched": batched, "sampling": sampling, "generator": generator}
+        return record(stochastic_depth, (x, gamma), x, branch, drop_prob, training, scale_by_keep, **options)
     check_gatherable(x)
     check_generator(generator, sampling, x)
     if gamma is not None:
@@ -211,7 +232,13 @@ def stochastic_depth(
     if not is_compiling():
         _warn_without_kernels(x)
     samples, scale = None, 1.0
-    if training and drop_prob > 0.0 and x.shape[0] > 0:
+    dropping = training and drop_prob > 0.0
+    if dropping and not is_compiling() and is_jit_tracing():
+        raise RuntimeError(
+            "torch.jit.trace cannot record stochastic_depth in training, for it would keep the same samples for good: "
+            "trace the evaluation, or use torch.compile or torch.export"
+        )
+    if dropping and x.shape[0] > 0:
         samples, scale = draw_samples(x, drop_prob, scale_by_keep, sampling, generator)
     if samples is None:
         rows, residual = x, x
@@ -241,5 +268,6 @@ def _gather(x: Tensor, samples: Samples) -> tuple[Tensor, Tensor]:
 
 def _scatter_add(y: Tensor, residual: Tensor, gamma: Tensor | None, samples: Samples | None, scale: float) -> Tensor:
     slots, kept = (None, None) if samples is None else (samples.slots, samples.kept)
-    out = None if is_compiling() else _C.scatter_add(y, residual, gamma, slots, kept, scale)
+    fused = not is_compiling() and not is_jit_tracing()  # as in drop_path_add; training is not traced
+    out = _C.scatter_add(y, residual, gamma, slots, kept, scale) if fused else None
     return reference.scatter_add(y, residual, gamma, slots, kept, scale) if out is None else out

@@ -28,7 +28,7 @@ def draw_keep_mask(x: Tensor, drop_prob: float, mode: str = "row", generator: Ge
 
 def mask_dropped(x: Tensor, keep: Tensor, value: float) -> Tensor:
     """x where the sample is kept, ``value`` where it is dropped, whatever x holds there."""
-    keep = keep.view(-1, *[1] * (x.ndim - 1))
+    keep = keep.view([-1] + [1] * (x.ndim - 1))
     # Only where() keeps the strides of x, but it knows no nested tensors.
     return x.masked_fill(~keep, value) if x.is_nested else torch.where(keep, x, value)
 
