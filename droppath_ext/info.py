@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._native import _C
+from ._native import _C, BINARY, HERE
 from .checks import DTYPES, SAMPLINGS
 from .functional import drop_path, drop_path_add, stochastic_depth
 from .version import __version__
@@ -15,8 +15,11 @@ from .version import __version__
 
 def versions() -> dict[str, str]:
     """What runs here and what the extension was built with, by name."""
+    shadowed = "" if BINARY.parent == HERE else ", of an installed copy of the same sources that this folder shadows"
     return {
         "droppath_ext": __version__,
+        "imported from": str(HERE),
+        "native extension": f"{BINARY}{shadowed}",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torch built with": _C.torch_version,
