@@ -81,7 +81,8 @@ def drop_path(
     Source: Huang et al., "Deep Networks with Stochastic Depth", https://arxiv.org/abs/1603.09382, drawn per sample.
     """
     check_drop_prob(drop_prob)
-    check_mode(mode)
+    if mode != "row":  # the default costs no call
+        check_mode(mode)
     if drop_prob == 0.0 or not training:
         return x
     if not is_compiling():  # where Inductor fuses the composite with its neighbours, as no opaque kernel can be
@@ -140,7 +141,8 @@ def drop_path_add(
     al., "Going deeper with Image Transformers" (LayerScale), https://arxiv.org/abs/2103.17239.
     """
     check_drop_prob(drop_prob)
-    check_mode(mode)
+    if mode != "row":  # the default costs no call
+        check_mode(mode)
     p = drop_prob if training else 0.0
     # A jit trace of the evaluation is of ATen ops, which run where this package is missing.
     if not is_compiling() and (p > 0.0 or not is_jit_tracing()):
@@ -221,7 +223,8 @@ def stochastic_depth(
     check_drop_prob(drop_prob)
     check_sampling(sampling)
     check_branch(branch)
-    if not is_compiling() and is_recorded(x, gamma):
+    compiling = is_compiling()
+    if not compiling and is_recorded(x, gamma):
         options = {"gamma": gamma, "batched": batched, "sampling": sampling, "generator": generator}
         return record(stochastic_depth, (x, gamma), x, branch, drop_prob, training, scale_by_keep, **options)
     check_gatherable(x)
@@ -229,11 +232,11 @@ def stochastic_depth(
     if gamma is not None:
         check_gamma(gamma, x)
     check_batched(batched, x)
-    if not is_compiling():
+    if not compiling:
         _warn_without_kernels(x)
     samples, scale = None, 1.0
     dropping = training and drop_prob > 0.0
-    if dropping and not is_compiling() and is_jit_tracing():
+    if dropping and not compiling and is_jit_tracing():
         raise RuntimeError(
             "torch.jit.trace cannot record stochastic_depth in training, for it would keep the same samples for good: "
             "trace the evaluation, or use torch.compile or torch.export"
