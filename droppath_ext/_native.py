@@ -2,37 +2,75 @@
 
 import platform
 import re
+import sys
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import torch  # first: it loads the libraries that the extension links to
 
 REBUILD = "pip install --no-build-isolation --no-deps --force-reinstall . (in a checkout of droppath_ext)"
+HERE = Path(__file__).resolve().parent
 
 
-def _built_with() -> str | None:
-    """The torch version that the binary beside this file carries; None if there is no such binary."""
-    for suffix in EXTENSION_SUFFIXES:
-        binary = Path(__file__).with_name("_C" + suffix)
-        if binary.exists():
-            version = re.search(rb"droppath_ext built with torch ([^\0]+)\0", binary.read_bytes())
-            return version[1].decode() if version else "of an unknown version"
-    return None
+def _binary_in(folder: Path) -> Path | None:
+    """The extension in ``folder`` that this Python would load; None if there is none."""
+    files = (folder / f"_C{suffix}" for suffix in EXTENSION_SUFFIXES)
+    return next((file for file in files if file.exists()), None)
+
+
+def _installed_binary() -> Path | None:
+    """The extension of another copy of this package, which this one shadows; None if there is none."""
+    folders = (Path(entry or ".").resolve() / "droppath_ext" for entry in sys.path)
+    binaries = (_binary_in(folder) for folder in folders if folder != HERE)
+    return next((binary for binary in binaries if binary), None)
+
+
+def _same_sources(folder: Path) -> bool:
+    """Whether the Python files in ``folder`` are those here."""
+    if folder == HERE:
+        return True
+    here, there = (
+        {file.relative_to(place): file.read_bytes() for file in place.rglob("*.py")} for place in (HERE, folder)
+    )
+    return here == there
+
+
+def _built_with(binary: Path) -> str:
+    """The torch version that the binary carries."""
+    version = re.search(rb"droppath_ext built with torch ([^\0]+)\0", binary.read_bytes())
+    return version[1].decode() if version else "of an unknown version"
 
 
 def _release(version: str) -> str:
     return version.split("+")[0]
 
 
+def _find() -> Path:
+    """The extension beside this file, or that of an installed copy which is of the same sources."""
+    binary = _binary_in(HERE) or _installed_binary()
+    if binary is None:
+        raise ImportError(
+            f"droppath_ext has no native extension for Python {platform.python_version()}. To build it: {REBUILD}"
+        )
+    if not _same_sources(binary.parent):
+        raise ImportError(
+            f"{HERE} shadows the droppath_ext installed in {binary.parent}, but is of other sources and has no native "
+            f"extension. Leave the folder above it to use what is installed. To install it anew: {REBUILD}"
+        )
+    return binary
+
+
+BINARY = _find()
+if BINARY.parent != HERE:  # in a checkout: Python prefers the folder that one stands in to what is installed
+    sys.modules["droppath_ext"].__path__.append(str(BINARY.parent))
+
 try:
     import droppath_ext._C as _C
 except ImportError as error:
-    built_with = _built_with()
-    if built_with is None:
-        message = f"droppath_ext has no native extension for Python {platform.python_version()}"
-    else:
-        message = f"droppath_ext was built with torch {built_with}; with torch {torch.__version__} it fails: {error}"
-    raise ImportError(f"{message}. To build it: {REBUILD}") from error
+    raise ImportError(
+        f"droppath_ext was built with torch {_built_with(BINARY)}; with torch {torch.__version__} it fails: {error}. "
+        f"To build it: {REBUILD}"
+    ) from error
 
 # Another torch's extension may load and then misbehave: nothing guards the C++ ABI between releases.
 if _release(_C.torch_version) != _release(torch.__version__):
@@ -41,4 +79,4 @@ if _release(_C.torch_version) != _release(torch.__version__):
         f"To build it: {REBUILD}"
     )
 
-__all__ = ["REBUILD", "_C"]
+__all__ = ["BINARY", "HERE", "REBUILD", "_C"]

@@ -1,7 +1,6 @@
 """The public functions: arguments are checked and the path is chosen here."""
 
 import functools
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -10,25 +9,28 @@ from torch.compiler import is_compiling
 
 from . import reference
 from ._native import _C, REBUILD
-from .sampling import Samples, check_generator, check_sampling, draw_samples
-
-MODES = ("row", "batch")
-
-
-def check_drop_prob(drop_prob: float) -> None:
-    """Raise unless ``drop_prob`` is a number in [0, 1]."""
-    try:
-        valid = 0.0 <= drop_prob <= 1.0
-    except TypeError:
-        raise TypeError(f"drop_prob must be a number in [0, 1], but got {drop_prob!r}") from None
-    if not valid:
-        raise ValueError(f"drop_prob must be in [0, 1], but got {drop_prob!r}")
-
-
-def check_mode(mode: str) -> None:
-    """Raise unless ``mode`` is "row" or "batch"."""
-    if mode not in MODES:
-        raise ValueError(f'mode must be "row" or "batch", but got {mode!r}')
+from .checks import (
+    DTYPES,
+    check_batched,
+    check_branch,
+    check_drop_prob,
+    check_gamma,
+    check_gatherable,
+    check_generator,
+    check_mode,
+    check_output,
+    check_sampling,
+)
+from .sampling import Samples, draw_samples
+from .tracing import (
+    is_jit_tracing,
+    is_recorded,
+    record,
+    scripted_drop_path,
+    scripted_drop_path_add,
+    scripted_stochastic_depth,
+    scripts_as,
+)
 
 
 @functools.cache
@@ -45,6 +47,7 @@ def _warn_without_kernels(x: Tensor) -> None:
         _warn_once_without_kernels()
 
 
+@scripts_as(lambda: scripted_drop_path)
 def drop_path(
     x: Tensor,
     drop_prob: float = 0.0,
@@ -78,17 +81,21 @@ def drop_path(
     Source: Huang et al., "Deep Networks with Stochastic Depth", https://arxiv.org/abs/1603.09382, drawn per sample.
     """
     check_drop_prob(drop_prob)
-    check_mode(mode)
+    if mode != "row":  # the default costs no call
+        check_mode(mode)
     if drop_prob == 0.0 or not training:
         return x
     if not is_compiling():  # where Inductor fuses the composite with its neighbours, as no opaque kernel can be
         out = _C.drop_path(x, drop_prob, scale_by_keep, mode == "row", generator)
         if out is not None:
             return out
+        if is_recorded(x):
+            return record(drop_path, (x,), x, drop_prob, training, scale_by_keep, mode=mode, generator=generator)
         _warn_without_kernels(x)
     return reference.drop_path(x, drop_prob, scale_by_keep, mode, generator)
 
 
+@scripts_as(lambda: scripted_drop_path_add)
 def drop_path_add(
     x: Tensor,
     residual: Tensor,
@@ -134,17 +141,23 @@ def drop_path_add(
     al., "Going deeper with Image Transformers" (LayerScale), https://arxiv.org/abs/2103.17239.
     """
     check_drop_prob(drop_prob)
-    check_mode(mode)
-    if not training:
-        drop_prob = 0.0
-    if not is_compiling():
-        out = _C.drop_path_add(x, residual, gamma, drop_prob, scale_by_keep, mode == "row", generator)
+    if mode != "row":  # the default costs no call
+        check_mode(mode)
+    p = drop_prob if training else 0.0
+    # A jit trace of the evaluation is of ATen ops, which run where this package is missing.
+    if not is_compiling() and (p > 0.0 or not is_jit_tracing()):
+        out = _C.drop_path_add(x, residual, gamma, p, scale_by_keep, mode == "row", generator)
         if out is not None:
             return out
+        tensors = (x, residual, gamma)
+        if is_recorded(*tensors):
+            options = {"gamma": gamma, "mode": mode, "generator": generator}
+            return record(drop_path_add, tensors, x, residual, drop_prob, training, scale_by_keep, **options)
         _warn_without_kernels(x)
-    return reference.drop_path_add(x, residual, drop_prob, scale_by_keep, gamma, mode, generator)
+    return reference.drop_path_add(x, residual, p, scale_by_keep, gamma, mode, generator)
 
 
+@scripts_as(scripted_stochastic_depth)
 def stochastic_depth(
     x: Tensor,
     branch: Callable[..., Tensor],
@@ -210,15 +223,25 @@ def stochastic_depth(
     check_drop_prob(drop_prob)
     check_sampling(sampling)
     check_branch(branch)
-    _check_gatherable(x)
+    compiling = is_compiling()
+    if not compiling and is_recorded(x, gamma):
+        options = {"gamma": gamma, "batched": batched, "sampling": sampling, "generator": generator}
+        return record(stochastic_depth, (x, gamma), x, branch, drop_prob, training, scale_by_keep, **options)
+    check_gatherable(x)
     check_generator(generator, sampling, x)
     if gamma is not None:
-        reference.check_gamma(gamma, x)
-    _check_batched(batched, x)
-    if not is_compiling():
+        check_gamma(gamma, x)
+    check_batched(batched, x)
+    if not compiling:
         _warn_without_kernels(x)
     samples, scale = None, 1.0
-    if training and drop_prob > 0.0 and x.shape[0] > 0:
+    dropping = training and drop_prob > 0.0
+    if dropping and not compiling and is_jit_tracing():
+        raise RuntimeError(
+            "torch.jit.trace cannot record stochastic_depth in training, for it would keep the same samples for good: "
+            "trace the evaluation, or use torch.compile or torch.export"
+        )
+    if dropping and x.shape[0] > 0:
         samples, scale = draw_samples(x, drop_prob, scale_by_keep, sampling, generator)
     if samples is None:
         rows, residual = x, x
@@ -229,36 +252,8 @@ def stochastic_depth(
     y = branch(rows, *batched)
     if _versions(x, rows) != versions:
         raise RuntimeError("branch must not change its input or x in place: where nothing is dropped, its input is x")
-    _check_output(y, rows)
+    check_output(y, rows)
     return _scatter_add(y, residual, gamma, samples, scale)
-
-
-def check_branch(branch: Callable[..., Tensor]) -> None:
-    """Raise unless ``branch`` can be called."""
-    if not callable(branch):
-        raise TypeError(f"branch must be callable, but got {type(branch).__name__}")
-
-
-def _check_gatherable(x: Tensor) -> None:
-    reference.check_input(x)
-    if x.is_nested:
-        raise TypeError("x must not be a nested tensor: its samples cannot be gathered")
-    # Nobody has a DTensor before its module is loaded, which takes a while.
-    distributed = None if is_compiling() else sys.modules.get("torch.distributed.tensor")
-    if distributed is not None and isinstance(x, distributed.DTensor):
-        raise TypeError("x must not be a DTensor: its samples cannot be gathered; use x.to_local()")
-
-
-def _check_batched(batched: Sequence[Tensor], x: Tensor) -> None:
-    if isinstance(batched, Tensor) or not isinstance(batched, Sequence):
-        raise TypeError(f"batched must be a sequence of tensors, but got {type(batched).__name__}")
-    for i, tensor in enumerate(batched):
-        name = f"batched[{i}]"
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a Tensor, but got {type(tensor).__name__}")
-        if tensor.ndim == 0 or tensor.shape[0] != x.shape[0]:
-            raise ValueError(f"{name} must have the {x.shape[0]} samples of x, but got shape {list(tensor.shape)}")
-        reference.check_device(tensor, name, x)
 
 
 def _versions(*tensors: Tensor) -> list[int]:
@@ -266,17 +261,9 @@ def _versions(*tensors: Tensor) -> list[int]:
     return [] if is_compiling() else [tensor._version for tensor in tensors if not tensor.is_inference()]
 
 
-def _check_output(y: Tensor, rows: Tensor) -> None:
-    name = "the output of branch"
-    reference.check_dtype(y, name)
-    reference.check_device(y, name, rows)
-    if y.shape != rows.shape:
-        raise ValueError(f"{name} must have the shape of its input, {list(rows.shape)}, but got {list(y.shape)}")
-
-
 def _gather(x: Tensor, samples: Samples) -> tuple[Tensor, Tensor]:
     """The taken samples of x, and x: to be used in place of x where the gradients of both shall meet in one pass."""
-    if x.dtype not in reference.DTYPES:
+    if x.dtype not in DTYPES:
         return x.index_select(0, samples.taken), x
     pair = None if is_compiling() else _C.gather(x, samples.taken, samples.slots)
     return (reference.gather(x, samples.taken, samples.slots), x) if pair is None else pair
@@ -284,5 +271,6 @@ def _gather(x: Tensor, samples: Samples) -> tuple[Tensor, Tensor]:
 
 def _scatter_add(y: Tensor, residual: Tensor, gamma: Tensor | None, samples: Samples | None, scale: float) -> Tensor:
     slots, kept = (None, None) if samples is None else (samples.slots, samples.kept)
-    out = None if is_compiling() else _C.scatter_add(y, residual, gamma, slots, kept, scale)
+    fused = not is_compiling() and not is_jit_tracing()  # as in drop_path_add; training is not traced
+    out = _C.scatter_add(y, residual, gamma, slots, kept, scale) if fused else None
     return reference.scatter_add(y, residual, gamma, slots, kept, scale) if out is None else out

@@ -7,16 +7,19 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._native import _C
+from ._native import _C, BINARY, HERE
+from .checks import DTYPES, SAMPLINGS
 from .functional import drop_path, drop_path_add, stochastic_depth
-from .sampling import SAMPLINGS
 from .version import __version__
 
 
 def versions() -> dict[str, str]:
     """What runs here and what the extension was built with, by name."""
+    shadowed = "" if BINARY.parent == HERE else ", of an installed copy of the same sources that this folder shadows"
     return {
         "droppath_ext": __version__,
+        "imported from": str(HERE),
+        "native extension": f"{BINARY}{shadowed}",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torch built with": _C.torch_version,
@@ -43,7 +46,7 @@ def self_test(device: str) -> None:
     """Run forward and backward on ``device``; raise RuntimeError where they differ from ``reference``."""
     drop_prob = 0.5
     scale = reference.keep_scale(drop_prob, scale_by_keep=True)
-    for dtype in reference.DTYPES:
+    for dtype in DTYPES:
         for shape in ((64, 197, 24), (64, 7)):  # one for each of the kernels: long rows of vectors, odd short ones
             x = torch.rand(shape, device=device).add_(0.5).to(dtype).requires_grad_()
             grad = torch.randn_like(x)

@@ -5,8 +5,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from .functional import check_branch, check_drop_prob, check_mode, drop_path, drop_path_add, stochastic_depth
-from .sampling import check_sampling
+from .checks import check_branch, check_drop_prob, check_mode, check_sampling
+from .functional import drop_path, drop_path_add, stochastic_depth
+from .tracing import scripted_stochastic_depth
 
 
 class DropPath(nn.Module):
@@ -136,6 +137,9 @@ class StochasticDepth(LayerScaled):
         self.drop_prob = drop_prob
         self.scale_by_keep = scale_by_keep
         self.sampling = sampling
+
+    def __prepare_scriptable__(self) -> Callable[..., Tensor]:
+        return scripted_stochastic_depth()  # torch.jit.script would complain about *batched
 
     def forward(self, x: Tensor, *batched: Tensor) -> Tensor:
         return stochastic_depth(

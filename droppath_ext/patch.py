@@ -1,9 +1,24 @@
 """Swap this project's drop_path into timm."""
 
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 from .functional import drop_path
+from .tracing import scripts_as
+
+
+def _drop_path_scripted_as(timms_own: Callable[..., Any]) -> Callable[..., Any]:
+    """``drop_path`` but for torch.jit.script, which compiles timm's own.
+
+    What torch.jit.script compiled for one of timm's modules it keeps for the next, whether the patch is then in force
+    or not. A copy of the function, for a wrapper would cost every call a second one.
+    """
+    ours = FunctionType(drop_path.__code__, drop_path.__globals__, drop_path.__name__, drop_path.__defaults__)
+    ours.__kwdefaults__ = drop_path.__kwdefaults__
+    ours.__annotations__ = drop_path.__annotations__
+    ours.__doc__ = drop_path.__doc__
+    return scripts_as(lambda: timms_own)(ours)
 
 
 class TimmPatch:
@@ -11,6 +26,7 @@ class TimmPatch:
 
     _in_force = 0
     _timms_own: Callable[..., Any] | None = None
+    _ours: Any = None
 
     def __init__(self) -> None:
         try:
@@ -20,9 +36,10 @@ class TimmPatch:
         self._module: Any = drop
         if TimmPatch._in_force == 0:
             TimmPatch._timms_own = drop.drop_path
+            TimmPatch._ours = _drop_path_scripted_as(drop.drop_path)
         TimmPatch._in_force += 1
         self._active = True
-        drop.drop_path = drop_path
+        drop.drop_path = TimmPatch._ours
 
     def undo(self) -> None:
         """Take the patch back; timm's own function returns with the last one. Further calls do nothing."""

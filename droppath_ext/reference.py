@@ -10,31 +10,7 @@ import torch
 from torch import Generator, Tensor
 from torch.compiler import is_compiling
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def check_dtype(x: Tensor, name: str) -> None:
-    """Raise unless ``name`` is a tensor of a floating-point dtype."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a Tensor, but got {type(x).__name__}")
-    if x.dtype not in DTYPES:
-        dtype = str(x.dtype).removeprefix("torch.")
-        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, but got {dtype}")
-
-
-def check_input(x: Tensor, name: str = "x") -> None:
-    """Raise unless ``name`` has such a dtype and a batch dimension. The kernels' own checks read the same."""
-    check_dtype(x, name)
-    if x.is_nested and x.layout is not torch.jagged:
-        raise TypeError(f"{name} must be a nested tensor of layout torch.jagged, but got {x.layout}")
-    if x.ndim == 0:
-        raise ValueError(f"{name} must have at least one dimension, the samples, but got a 0-dim tensor")
-
-
-def check_device(tensor: Tensor, name: str, x: Tensor) -> None:
-    """Raise unless ``name`` is where x is."""
-    if tensor.device != x.device:
-        raise ValueError(f"{name} must be on {x.device}, where x is, but got {tensor.device}")
+from .checks import check_add_inputs, check_input
 
 
 def keep_scale(drop_prob: float, scale_by_keep: bool) -> float:
@@ -52,7 +28,7 @@ def draw_keep_mask(x: Tensor, drop_prob: float, mode: str = "row", generator: Ge
 
 def mask_dropped(x: Tensor, keep: Tensor, value: float) -> Tensor:
     """x where the sample is kept, ``value`` where it is dropped, whatever x holds there."""
-    keep = keep.view(-1, *[1] * (x.ndim - 1))
+    keep = keep.view([-1] + [1] * (x.ndim - 1))
     # Only where() keeps the strides of x, but it knows no nested tensors.
     return x.masked_fill(~keep, value) if x.is_nested else torch.where(keep, x, value)
 
@@ -137,40 +113,6 @@ def draw_fixed(x: Tensor, count: int, generator: Generator | None = None) -> tup
     kept = torch.randperm(size, generator=generator, device=x.device)[:count].sort().values
     slots = torch.full((size,), -1, device=x.device)
     return slots.scatter(0, kept, torch.arange(count, device=x.device)), kept
-
-
-def gamma_dim(x: Tensor, gamma: Tensor) -> int:
-    """The dimension of x along which gamma has an entry for each index; every other dimension of gamma has size 1."""
-    dims = range(x.ndim - gamma.ndim, x.ndim)
-    long = {dim for dim, size in zip(dims, gamma.shape, strict=True) if size != 1}
-    fitting = [dim for dim in dims if dim > 0 and long <= {dim} and gamma.shape[dim - dims.start] == x.shape[dim]]
-    if dims.start < 0 or not fitting:
-        raise ValueError(
-            "gamma must broadcast along one dim of a sample, as [D] or [C, 1, 1] do, "
-            f"but got shape {list(gamma.shape)} for x of shape {list(x.shape)}"
-        )
-    return fitting[-1]
-
-
-def check_gamma(gamma: Tensor, x: Tensor) -> None:
-    """Raise unless gamma can be multiplied with x."""
-    check_dtype(gamma, "gamma")
-    check_device(gamma, "gamma", x)
-    gamma_dim(x, gamma)
-
-
-def check_add_inputs(x: Tensor, residual: Tensor, gamma: Tensor | None) -> None:
-    """Raise unless x, residual and gamma can be combined. The kernels' own checks read the same."""
-    check_input(x)
-    check_input(residual, "residual")
-    check_device(residual, "residual", x)
-    if residual.shape != x.shape:
-        raise ValueError(
-            f"residual must have the shape of x, {list(x.shape)}, but got {list(residual.shape)}: "
-            "expand it first, say by residual.expand_as(x)"
-        )
-    if gamma is not None:
-        check_gamma(gamma, x)
 
 
 def drop_path(x: Tensor, drop_prob: float, scale_by_keep: bool, mode: str, generator: Generator | None) -> Tensor:

@@ -9,8 +9,6 @@ from torch.compiler import is_compiling
 from . import reference
 from ._native import _C
 
-SAMPLINGS = ("bernoulli", "fixed")
-
 
 class Samples(NamedTuple):
     """The K of B samples that a branch is computed for, and the way back.
@@ -22,27 +20,6 @@ class Samples(NamedTuple):
     taken: Tensor  # int64 [K]: the sample that each row of the branch is computed from
     kept: Tensor  # int64 [K]: the sample that each row is added to; taken, or [-1] if all are dropped
     slots: Tensor  # int64 [B]: the row that is added to each sample; -1 if it is dropped
-
-
-def check_sampling(sampling: str) -> None:
-    """Raise unless ``sampling`` is "bernoulli" or "fixed"."""
-    if sampling not in SAMPLINGS:
-        raise ValueError(f'sampling must be "bernoulli" or "fixed", but got {sampling!r}')
-
-
-def check_generator(generator: Generator | None, sampling: str, x: Tensor) -> None:
-    """Raise unless ``generator`` is one of the device that draws."""
-    if generator is None:
-        return
-    if not isinstance(generator, Generator):
-        raise TypeError(f"generator must be a torch.Generator, but got {type(generator).__name__}")
-    device = "cpu" if sampling == "bernoulli" else x.device.type
-    if generator.device.type != device:
-        where = "the host" if sampling == "bernoulli" else "the device of x"
-        raise ValueError(
-            f'generator must be a {device} generator, for sampling="{sampling}" draws on {where}, '
-            f"but got one of {generator.device}"
-        )
 
 
 def fixed_count(size: int, drop_prob: float) -> int:
@@ -104,6 +81,6 @@ def _draw_fixed(
 
 
 def _samples(slots: Tensor, kept: Tensor) -> Samples:
-    # Only one row may be that of a batch without kept samples, and nobody waits for the device to find out.
+    # kept == [-1], all dropped, is possible only where K == 1; testing K needs no synchronisation.
     taken = kept if kept.shape[0] > 1 else kept.clamp(min=0)
     return Samples(taken, kept, slots)

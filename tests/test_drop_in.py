@@ -229,6 +229,47 @@ def test_patch_is_undone_by_an_exception():
     assert timm_drop.drop_path is original
 
 
+@needs_timm
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("training", [True, False])
+def test_script_under_the_patch_is_timms_own(training):
+    """And compiles after it: what torch.jit.script has made of a timm module it keeps."""
+    module = timm_drop.DropPath(1.0).train(training)
+    x = torch.full((2, 3), float("nan"))
+    with patch_timm():
+        scripted = torch.jit.script(module)
+    assert scripted(x).isnan().all(), "timm's 0 * NaN"
+    assert torch.jit.script(module)(x).isnan().all()
+    with patch_timm():
+        assert torch.jit.script(timm_drop.drop_path)(x, 1.0, True).isnan().all()
+        assert timm_drop.drop_path(x, 1.0, True).eq(0).all()
+
+
+@needs_timm
+def test_fx_under_the_patch():
+    """One leaf for each site, drawing anew; none in evaluation, as without the patch."""
+    model, images = _model_and_images("vit", torch.device("cpu"))
+    with patch_timm():
+        graph = torch.fx.symbolic_trace(model.train())
+        sites = [node for node in graph.graph.nodes if node.target is drop_path]
+        assert len(sites) == sum(isinstance(module, timm_drop.DropPath) for module in model.modules()) >= 3
+        torch.manual_seed(1)
+        expected = model(images)
+        torch.manual_seed(1)
+        assert_same_bits(graph(images), expected)
+        evaluated = torch.fx.symbolic_trace(model.eval())
+    original = torch.fx.symbolic_trace(model)
+    assert evaluated.code == original.code
+
+
+@needs_timm
+def test_patched_function_is_drop_path():
+    with patch_timm():
+        patched = timm_drop.drop_path
+        assert patched.__code__ is drop_path.__code__, "no call on top of it"
+        assert inspect.signature(patched) == inspect.signature(drop_path)
+
+
 # --- torchvision ---
 
 

@@ -62,16 +62,26 @@ def test_info_fails_when_the_self_test_fails():
 # --- importing an extension that does not fit ---
 
 
+def _copy(folder, binary=None):
+    """A copy of the package in ``folder`` whose native extension holds the bytes given, or is missing."""
+    package = Path(folder) / "droppath_ext"
+    source = Path(droppath_ext.__file__).parent
+    shutil.copytree(source, package, ignore=shutil.ignore_patterns("_C.*.so", "_C.*.pyd", "__pycache__"))
+    if binary is not None:
+        (package / Path(_C.__file__).name).write_bytes(binary)
+    return package
+
+
+def _run_in(folder, *arguments, site=()):
+    """Python in ``folder``, as from a shell, with the folders of ``site`` behind it on the path."""
+    return _python(*arguments, cwd=folder, env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, site))})
+
+
 @pytest.fixture
 def import_copy(tmp_path):
-    """Imports a copy of the package whose native extension holds the bytes given, or is missing."""
-
     def run(binary):
-        source = Path(droppath_ext.__file__).parent
-        shutil.copytree(source, tmp_path / "droppath_ext", ignore=shutil.ignore_patterns("_C.*", "__pycache__"))
-        if binary is not None:
-            (tmp_path / "droppath_ext" / Path(_C.__file__).name).write_bytes(binary)
-        result = _python("-c", "import droppath_ext", cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+        _copy(tmp_path, binary)
+        result = _run_in(tmp_path, "-c", "import droppath_ext")
         assert result.returncode == 1
         return result.stderr.strip().splitlines()[-1]
 
@@ -103,6 +113,64 @@ def test_extension_of_another_torch(import_copy):
     assert f"built with torch 9{_C.torch_version[1:]}" in message
     assert torch.__version__ in message
     assert REBUILD in message
+
+
+# --- the folder that one stands in shadows what is installed ---
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A folder with the sources alone, and a site folder with the package as it is installed from them."""
+    _copy(tmp_path / "checkout")
+    _copy(tmp_path / "site", Path(_C.__file__).read_bytes())
+    return tmp_path / "checkout"
+
+
+def test_checkout_uses_the_installed_extension(checkout):
+    """README's first two lines, the second in the folder of the first: both are of the same sources."""
+    result = _run_in(checkout, "-m", "droppath_ext.info", site=[checkout.parent / "site"])
+    assert result.returncode == 0, result.stdout + result.stderr
+    package, binary = (checkout.parent / place / "droppath_ext" for place in ("checkout", "site"))
+    assert f"{'imported from':32} {package}" in result.stdout
+    assert (
+        f"{binary / Path(_C.__file__).name}, of an installed copy of the same sources that this folder shadows"
+        in result.stdout
+    )
+
+
+def test_any_other_folder_uses_what_is_installed(checkout, tmp_path):
+    site = tmp_path / "site"
+    result = _run_in("/", "-m", "droppath_ext.info", site=[site])
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert f"{'imported from':32} {site / 'droppath_ext'}" in result.stdout
+    assert "shadows" not in result.stdout
+
+
+@pytest.mark.parametrize("change", ["edited", "one more", "one less"])
+def test_checkout_of_other_sources(checkout, change):
+    """What was installed need not fit: the sentence names both folders and what helps."""
+    folder, site = checkout / "droppath_ext", checkout.parent / "site"
+    if change == "edited":
+        with (folder / "version.py").open("a") as file:
+            file.write("# edited\n")
+    elif change == "one more":
+        (folder / "new.py").touch()
+    else:
+        (site / "droppath_ext" / "new.py").touch()
+    result = _run_in(checkout, "-c", "import droppath_ext", site=[site])
+    assert result.returncode == 1
+    message = result.stderr.strip().splitlines()[-1]
+    assert message.startswith(f"ImportError: {folder} shadows the droppath_ext installed in {site / 'droppath_ext'}")
+    assert REBUILD in message
+
+
+def test_checkout_beside_an_extension_of_another_torch(checkout):
+    """The installed one is checked as one beside the sources is."""
+    binary = next((checkout.parent / "site/droppath_ext").glob("_C.*.so"))
+    version = _C.torch_version.encode()
+    binary.write_bytes(binary.read_bytes().replace(version, b"9" + version[1:]))
+    result = _run_in(checkout, "-c", "import droppath_ext", site=[checkout.parent / "site"])
+    assert f"built with torch 9{_C.torch_version[1:]}, but this is torch" in result.stderr
 
 
 # --- building ---

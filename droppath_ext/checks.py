@@ -1,0 +1,164 @@
+"""The checks of arguments: each raises one sentence that names the argument, the rule and what it got.
+
+The native ops check what reaches them in the same words.
+"""
+
+import re
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Generator, Tensor
+from torch.compiler import is_compiling
+from torch.jit._trace import TracerWarning
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MODES = ("row", "batch")
+SAMPLINGS = ("bernoulli", "fixed")
+
+# torch.jit.trace warns where shapes are compared; a check that passes leaves nothing in the trace.
+warnings.filterwarnings("ignore", category=TracerWarning, module=re.escape(__name__))
+
+
+def check_drop_prob(drop_prob: float) -> None:
+    """Raise unless ``drop_prob`` is a number in [0, 1]."""
+    try:
+        valid = 0.0 <= drop_prob <= 1.0
+    except TypeError:
+        raise TypeError(f"drop_prob must be a number in [0, 1], but got {drop_prob!r}") from None
+    if not valid:
+        raise ValueError(f"drop_prob must be in [0, 1], but got {drop_prob!r}")
+
+
+def check_mode(mode: str) -> None:
+    """Raise unless ``mode`` is "row" or "batch"."""
+    if mode not in MODES:
+        raise ValueError(f'mode must be "row" or "batch", but got {mode!r}')
+
+
+def check_sampling(sampling: str) -> None:
+    """Raise unless ``sampling`` is "bernoulli" or "fixed"."""
+    if sampling not in SAMPLINGS:
+        raise ValueError(f'sampling must be "bernoulli" or "fixed", but got {sampling!r}')
+
+
+def check_branch(branch: Callable[..., Tensor]) -> None:
+    """Raise unless ``branch`` can be called."""
+    if not callable(branch):
+        raise TypeError(f"branch must be callable, but got {type(branch).__name__}")
+
+
+def check_dtype(x: Tensor, name: str) -> None:
+    """Raise unless ``name`` is a tensor of a floating-point dtype."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a Tensor, but got {type(x).__name__}")
+    if x.dtype not in DTYPES:
+        dtype = str(x.dtype).removeprefix("torch.")
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, but got {dtype}")
+
+
+def check_input(x: Tensor, name: str = "x") -> None:
+    """Raise unless ``name`` has such a dtype and a batch dimension. The kernels' own checks read the same."""
+    check_dtype(x, name)
+    if x.is_nested and x.layout is not torch.jagged:
+        raise TypeError(f"{name} must be a nested tensor of layout torch.jagged, but got {x.layout}")
+    if x.ndim == 0:
+        raise ValueError(f"{name} must have at least one dimension, the samples, but got a 0-dim tensor")
+
+
+def check_device(tensor: Tensor, name: str, x: Tensor) -> None:
+    """Raise unless ``name`` is where x is."""
+    if tensor.device != x.device:
+        raise ValueError(f"{name} must be on {x.device}, where x is, but got {tensor.device}")
+
+
+def check_gamma(gamma: Tensor, x: Tensor) -> None:
+    """Raise unless gamma can be multiplied with each sample of x."""
+    check_dtype(gamma, "gamma")
+    check_device(gamma, "gamma", x)
+    check_gamma_shape(gamma, x)
+
+
+def check_gamma_shape(gamma: Tensor, x: Tensor) -> None:
+    """Raise unless gamma has an entry for each index of one dimension of a sample of x, and size 1 elsewhere.
+
+    Also compiled by torch.jit.script, hence the loops.
+    """
+    first = x.ndim - gamma.ndim  # the dimension of x that gamma's first one meets
+    long = 0
+    for size in gamma.shape:
+        if size != 1:
+            long += 1
+    fits = False
+    for dim, size in enumerate(gamma.shape):
+        alone = long == 0 or (long == 1 and size != 1)
+        if alone and first + dim > 0 and size == x.shape[first + dim]:
+            fits = True
+    if first < 0 or not fits:
+        raise ValueError(
+            "gamma must broadcast along one dim of a sample, as [D] or [C, 1, 1] do, "
+            f"but got shape {list(gamma.shape)} for x of shape {list(x.shape)}"
+        )
+
+
+def check_add_inputs(x: Tensor, residual: Tensor, gamma: Tensor | None) -> None:
+    """Raise unless x, residual and gamma can be combined. The kernels' own checks read the same."""
+    check_input(x)
+    check_input(residual, "residual")
+    check_device(residual, "residual", x)
+    if residual.shape != x.shape:
+        raise ValueError(
+            f"residual must have the shape of x, {list(x.shape)}, but got {list(residual.shape)}: "
+            "expand it first, say by residual.expand_as(x)"
+        )
+    if gamma is not None:
+        check_gamma(gamma, x)
+
+
+def check_gatherable(x: Tensor) -> None:
+    """Raise unless samples of x can be gathered."""
+    check_input(x)
+    if x.is_nested:
+        raise TypeError("x must not be a nested tensor: its samples cannot be gathered")
+    # Nobody has a DTensor before its module is loaded, which takes a while.
+    distributed = None if is_compiling() else sys.modules.get("torch.distributed.tensor")
+    if distributed is not None and isinstance(x, distributed.DTensor):
+        raise TypeError("x must not be a DTensor: its samples cannot be gathered; use x.to_local()")
+
+
+def check_batched(batched: Sequence[Tensor], x: Tensor) -> None:
+    """Raise unless ``batched`` holds tensors with the samples of x, where x is."""
+    if isinstance(batched, Tensor) or not isinstance(batched, Sequence):
+        raise TypeError(f"batched must be a sequence of tensors, but got {type(batched).__name__}")
+    for i, tensor in enumerate(batched):
+        name = f"batched[{i}]"
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a Tensor, but got {type(tensor).__name__}")
+        if tensor.ndim == 0 or tensor.shape[0] != x.shape[0]:
+            raise ValueError(f"{name} must have the {x.shape[0]} samples of x, but got shape {list(tensor.shape)}")
+        check_device(tensor, name, x)
+
+
+def check_generator(generator: Generator | None, sampling: str, x: Tensor) -> None:
+    """Raise unless ``generator`` is one of the device that draws."""
+    if generator is None:
+        return
+    if not isinstance(generator, Generator):
+        raise TypeError(f"generator must be a torch.Generator, but got {type(generator).__name__}")
+    device = "cpu" if sampling == "bernoulli" else x.device.type
+    if generator.device.type != device:
+        where = "the host" if sampling == "bernoulli" else "the device of x"
+        raise ValueError(
+            f'generator must be a {device} generator, for sampling="{sampling}" draws on {where}, '
+            f"but got one of {generator.device}"
+        )
+
+
+def check_output(y: Tensor, rows: Tensor) -> None:
+    """Raise unless y, computed from ``rows``, can be added to them."""
+    name = "the output of branch"
+    check_dtype(y, name)
+    check_device(y, name, rows)
+    if y.shape != rows.shape:
+        raise ValueError(f"{name} must have the shape of its input, {list(rows.shape)}, but got {list(y.shape)}")
