@@ -155,10 +155,10 @@ def check_generator(generator: Generator | None, sampling: str, x: Tensor) -> No
         )
 
 
-def check_output(y: Tensor, rows: Tensor) -> None:
-    """Raise unless y, computed from ``rows``, can be added to them."""
+def check_output(y: Tensor, taken: Tensor) -> None:
+    """Raise unless y, computed from ``taken``, can be added to it."""
     name = "the output of branch"
     check_dtype(y, name)
-    check_device(y, name, rows)
-    if y.shape != rows.shape:
-        raise ValueError(f"{name} must have the shape of its input, {list(rows.shape)}, but got {list(y.shape)}")
+    check_device(y, name, taken)
+    if y.shape != taken.shape:
+        raise ValueError(f"{name} must have the shape of its input, {list(taken.shape)}, but got {list(y.shape)}")

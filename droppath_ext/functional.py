@@ -187,7 +187,7 @@ def stochastic_depth(
     Args:
         x: Tensor [B, ...] of float16, bfloat16, float32 or float64, of any layout; dim 0 counts the samples. Neither a
             DTensor nor a nested tensor.
-        branch: Called once, as ``branch(rows, *batched_rows)`` with the K kept samples, [K, ...]. Returns a tensor of
+        branch: Called once, as ``branch(taken, *batched_taken)`` with the K kept samples, [K, ...]. Returns a tensor of
             that shape, of any such dtype and layout. It must not write to its input, nor to x.
         drop_prob: Probability p in [0, 1] that a sample is dropped.
         training: If False, nothing is dropped.
@@ -244,15 +244,15 @@ def stochastic_depth(
     if dropping and x.shape[0] > 0:
         samples, scale = draw_samples(x, drop_prob, scale_by_keep, sampling, generator)
     if samples is None:
-        rows, residual = x, x
+        taken, residual = x, x
     else:
-        rows, residual = _gather(x, samples)
+        taken, residual = _gather(x, samples)
         batched = [_gather(tensor, samples)[0] for tensor in batched]
-    versions = _versions(x, rows)
-    y = branch(rows, *batched)
-    if _versions(x, rows) != versions:
+    versions = _versions(x, taken)
+    y = branch(taken, *batched)
+    if _versions(x, taken) != versions:
         raise RuntimeError("branch must not change its input or x in place: where nothing is dropped, its input is x")
-    check_output(y, rows)
+    check_output(y, taken)
     return _scatter_add(y, residual, gamma, samples, scale)
 
 
@@ -264,9 +264,9 @@ def _versions(*tensors: Tensor) -> list[int]:
 def _gather(x: Tensor, samples: Samples) -> tuple[Tensor, Tensor]:
     """The taken samples of x, and x: to be used in place of x where the gradients of both shall meet in one pass."""
     if x.dtype not in DTYPES:
-        return x.index_select(0, samples.taken), x
-    pair = None if is_compiling() else _C.gather(x, samples.taken, samples.slots)
-    return (reference.gather(x, samples.taken, samples.slots), x) if pair is None else pair
+        return x.index_select(0, samples.sources), x
+    pair = None if is_compiling() else _C.gather(x, samples.sources, samples.slots)
+    return (reference.gather(x, samples.sources, samples.slots), x) if pair is None else pair
 
 
 def _scatter_add(y: Tensor, residual: Tensor, gamma: Tensor | None, samples: Samples | None, scale: float) -> Tensor:

@@ -100,7 +100,7 @@ def scatter_add(
 ) -> Tensor:
     """residual + gamma * y[slots] * scale, rounded once; the residual itself where the slot is -1.
 
-    ``kept`` is the inverse of ``slots``; without both, y has a row for each sample.
+    ``kept`` is the inverse of ``slots``; without both, y has all samples.
     """
     if slots is None or kept is None:
         return add_kept(y, residual, gamma, None, scale)

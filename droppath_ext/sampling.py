@@ -14,12 +14,12 @@ class Samples(NamedTuple):
     """The K of B samples that a branch is computed for, and the way back.
 
     K is 1 at least, so that every parameter gets a gradient: if all samples are dropped, the branch is computed for
-    sample 0, and its row is added to none.
+    sample 0, which is then added to none.
     """
 
-    taken: Tensor  # int64 [K]: the sample that each row of the branch is computed from
-    kept: Tensor  # int64 [K]: the sample that each row is added to; taken, or [-1] if all are dropped
-    slots: Tensor  # int64 [B]: the row that is added to each sample; -1 if it is dropped
+    sources: Tensor  # int64 [K]: the sample that each of the taken is
+    kept: Tensor  # int64 [K]: the sample that each of the taken is added to; sources, or [-1] if all are dropped
+    slots: Tensor  # int64 [B]: the place among the taken of what is added to each sample; -1 if it is dropped
 
 
 def fixed_count(size: int, drop_prob: float) -> int:
@@ -57,7 +57,7 @@ def _draw_bernoulli_between_graphs(
 ) -> tuple[Samples, float]:
     """What follows is compiled once for all numbers of kept samples but 1, a whole batch included."""
     samples, _ = _draw_bernoulli(x, drop_prob, generator)
-    torch._dynamo.maybe_mark_dynamic(samples.taken, 0)
+    torch._dynamo.maybe_mark_dynamic(samples.sources, 0)
     torch._dynamo.maybe_mark_dynamic(samples.kept, 0)
     return samples, reference.keep_scale(drop_prob, scale_by_keep)
 
@@ -82,5 +82,5 @@ def _draw_fixed(
 
 def _samples(slots: Tensor, kept: Tensor) -> Samples:
     # kept == [-1], all dropped, is possible only where K == 1; testing K needs no synchronisation.
-    taken = kept if kept.shape[0] > 1 else kept.clamp(min=0)
-    return Samples(taken, kept, slots)
+    sources = kept if kept.shape[0] > 1 else kept.clamp(min=0)
+    return Samples(sources, kept, slots)
