@@ -43,6 +43,15 @@ MAX_PARAMETERS = 30e6
 MODELS = timm.list_models(PATTERN) if PATTERN else list(CHOICE)
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """The models are tiny: threads would only wait for each other, long on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class NotOurs(Exception):
     """timm does not build this model with a drop path."""
 
