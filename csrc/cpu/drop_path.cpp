@@ -19,7 +19,7 @@ namespace {
 // below).
 constexpr size_t kStreamedBytes = size_t{8} << 20;
 
-Store store_of(const at::Tensor& out) { return out.nbytes() < kStreamedBytes ? Store::kCached : Store::kStreamed; }
+bool is_streamed(const at::Tensor& out) { return out.nbytes() >= kStreamedBytes; }
 
 // at::empty_like without the dispatcher's share of it, which a tiny tensor would notice.
 at::Tensor allocate_like(const at::Tensor& x, at::ScalarType dtype) {
@@ -47,85 +47,32 @@ Factors<F> make_factors(const at::Tensor& out, const std::optional<at::Tensor>& 
 template <typename TO, typename TR, typename TX>
 void add_kept(const at::Tensor& out, const at::Tensor* residual, const at::Tensor& x,
               const std::optional<at::Tensor>& gamma, const at::Tensor& sources, double scale) {
-  using F = at::opmath_type<TO>;
   constexpr bool kHasResidual = !std::is_void_v<TR>;
   const Rows rows = find_rows(out, sources.numel());
-  const auto factors = make_factors<F>(out, gamma, scale);
-  const Factors<F> one(1);
-  const bool is_copy = !kHasResidual && std::is_same_v<TX, TO> && !gamma && scale == 1.0;
+  const auto factors = make_factors<at::opmath_type<TO>>(out, gamma, scale);
   const bool in_place = kHasResidual && residual->is_same(out);
-  const Store store = in_place ? Store::kCached : store_of(out);
   const Input x_rows = with_rows(x, out, rows, is_index(sources));
-  const auto* x_data = x_rows.tensor.const_data_ptr<TX>();
-  auto* out_data = out.mutable_data_ptr<TO>();
+  bool joins = x_rows.strides.sample == rows.length;
   Input residual_rows;
-  const TR* residual_data = nullptr;
+  Operand<TR> residual_operand{};
   if constexpr (kHasResidual) {
     residual_rows = with_rows(*residual, out, rows);
-    residual_data = residual_rows.tensor.const_data_ptr<TR>();
+    residual_operand = {residual_rows.tensor.const_data_ptr<TR>(), residual_rows.strides};
+    joins = joins && residual_rows.strides.sample == rows.length;
   }
+  const Addition<TO, TR, TX> addition{rows,
+                                      Sources(sources),
+                                      joins,
+                                      out.mutable_data_ptr<TO>(),
+                                      residual_operand,
+                                      {x_rows.tensor.const_data_ptr<TX>(), x_rows.strides},
+                                      factors,
+                                      /*is_copy=*/!gamma && scale == 1.0,
+                                      in_place,
+                                      /*streams=*/!in_place && is_streamed(out)};
   const RowCost cost = in_place ? RowCost{3, 0} : kHasResidual ? RowCost{3, 2} : RowCost{2, 1};
-  parallel_rows(rows, Sources(sources), cost, [&](const RowPart& part) {
-    const int64_t place = part.row * rows.length + part.column;
-    TO* to = out_data + place;
-    const TR* from = residual_data;
-    if constexpr (kHasResidual) {
-      from += residual_rows.strides.offset_of(part.place.sample, part.place.outer) + part.column;
-    }
-    if (part.is_kept()) {
-      const TX* source = x_data + x_rows.strides.offset_of(part.source, part.place.outer) + part.column;
-      if (is_copy) {
-        fill_span(to, source, part.size * sizeof(TO), store);
-      } else {
-        add_span<TO, TR, TX>(to, from, source, factors, place, part.size, store);
-      }
-    } else if (in_place) {
-      // There already.
-    } else if constexpr (std::is_void_v<TR> || std::is_same_v<TR, TO>) {
-      fill_span(to, from, part.size * sizeof(TO), store);
-    } else {
-      add_span<TO, void, TR>(to, nullptr, from, one, place, part.size, store);
-    }
-  });
+  parallel_rows(rows, addition.sources, cost, [&](Range range, int /*thread*/) { add_rows(addition, range); });
 }
-
-// The sums of one thread, for each channel. Many terms are summed as sums of sums, which rounds less.
-template <typename F>
-class ChannelSums {
- public:
-  explicit ChannelSums(int64_t channels)
-      : channels_(channels), size_(channels + Factors<F>::kBlock), sums_(2 * size_, F(0)) {}
-
-  // Where to add terms, `limit` of them at most before they are counted.
-  F* parts() { return sums_.data(); }
-  int64_t limit() const { return 64 * size_; }
-
-  void count(int64_t terms) {
-    pending_ += terms;
-    if (pending_ >= limit()) {
-      for (int64_t i = 0; i < size_; ++i) {
-        sums_[size_ + i] += sums_[i];
-        sums_[i] = 0;
-      }
-      pending_ = 0;
-    }
-  }
-
-  // What lies beyond the last channel belongs to the first ones again, as in Factors.
-  F total(int64_t channel) const {
-    F sum = 0;
-    for (int64_t i = channel; i < size_; i += channels_) {
-      sum += sums_[size_ + i] + sums_[i];
-    }
-    return sum;
-  }
-
- private:
-  int64_t channels_;
-  int64_t size_;
-  c10::SmallVector<F, 4 * Factors<F>::kBlock> sums_;  // parts, then totals
-  int64_t pending_ = 0;
-};
 
 // For each sample of x: grad_x = grad[source] * factors, or 0 where it is dropped, unless grad_x is null. Returns the
 // gradient of gamma, for each channel the sum of grad * x * scale over what is kept. `layout` is dense, of x's shape,
@@ -136,41 +83,29 @@ at::Tensor backward_kept(const at::Tensor* grad_x, const at::Tensor& layout, con
   using F = at::opmath_type<TG>;
   const Rows rows = find_rows(layout, sources.numel());
   const auto factors = make_factors<F>(layout, gamma, scale);
-  const int64_t channels = factors.channels().count;
   const Input x_rows = with_rows(x, layout, rows);
   const Input grad_rows = with_rows(grad, layout, rows, is_index(sources));
-  const auto* x_data = x_rows.tensor.const_data_ptr<TX>();
-  const auto* grad_data = grad_rows.tensor.const_data_ptr<TG>();
-  TX* grad_x_data = grad_x == nullptr ? nullptr : grad_x->mutable_data_ptr<TX>();
-  const Store store = grad_x == nullptr ? Store::kCached : store_of(*grad_x);
+  const Backward<TG, TX> backward{
+      rows,
+      Sources(sources),
+      /*joins=*/x_rows.strides.sample == rows.length && grad_rows.strides.sample == rows.length,
+      grad_x == nullptr ? nullptr : grad_x->mutable_data_ptr<TX>(),
+      {grad_rows.tensor.const_data_ptr<TG>(), grad_rows.strides},
+      {x_rows.tensor.const_data_ptr<TX>(), x_rows.strides},
+      factors,
+      /*streams=*/grad_x != nullptr && is_streamed(*grad_x)};
   const RowCost cost = grad_x == nullptr ? RowCost{2, 0} : RowCost{3, 1};
-
   c10::SmallVector<ChannelSums<F>, 1> sums;
   for (int thread = 0; thread < row_threads(rows); ++thread) {
-    sums.emplace_back(channels);
+    sums.emplace_back(factors);
   }
-  parallel_rows(rows, Sources(sources), cost, [&](const RowPart& part) {
-    const int64_t place = part.row * rows.length + part.column;
-    TX* to = grad_x_data == nullptr ? nullptr : grad_x_data + place;
-    if (part.is_kept()) {
-      const TG* from = grad_data + grad_rows.strides.offset_of(part.source, part.place.outer) + part.column;
-      const TX* values = x_data + x_rows.strides.offset_of(part.place.sample, part.place.outer) + part.column;
-      auto& thread_sums = sums[part.thread];
-      for (int64_t i = 0, n; i < part.size; i += n) {
-        n = std::min(part.size - i, thread_sums.limit());
-        backward_span<TG, TX>(to == nullptr ? nullptr : to + i, thread_sums.parts(), from + i, values + i, factors,
-                              place + i, n, store);
-        thread_sums.count(n);
-      }
-    } else if (to != nullptr) {
-      fill_span(to, nullptr, part.size * sizeof(TX), store);
-    }
-  });
+  parallel_rows(rows, backward.sources, cost,
+                [&](Range range, int thread) { backward_rows(backward, range, sums[thread]); });
 
   at::Tensor grad_gamma = at::detail::empty_cpu(gamma.sizes(), gamma.scalar_type());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, gamma.scalar_type(), "gamma", [&] {
     auto* data = grad_gamma.mutable_data_ptr<scalar_t>();
-    for (int64_t channel = 0; channel < channels; ++channel) {
+    for (int64_t channel = 0; channel < factors.channels().count; ++channel) {
       F total = 0;
       for (const auto& thread_sums : sums) {
         total += thread_sums.total(channel);
