@@ -14,12 +14,13 @@
 namespace droppath_ext {
 namespace {
 
-// An output that is larger leaves the last-level cache before anybody reads it, and so may go to memory at once,
-// without its lines being read first (measured with a reader right behind: 1.2 times as fast from here on, slower
-// below).
+// Outputs of 8 MiB and more are streamed, past the caches: they leave the last-level cache before anybody reads them.
+// Measured on 2 Zen 4 cores with a reader behind: 1.2 times as fast from here on, slower below.
 constexpr size_t kStreamedBytes = size_t{8} << 20;
 
-bool is_streamed(const at::Tensor& out) { return out.nbytes() >= kStreamedBytes; }
+bool is_streamed(const at::Tensor& out, const Rows& rows) {
+  return out.nbytes() >= kStreamedBytes && rows.length * out.element_size() >= kStreamedSpanBytes;
+}
 
 // at::empty_like without the dispatcher's share of it, which a tiny tensor would notice.
 at::Tensor allocate_like(const at::Tensor& x, at::ScalarType dtype) {
@@ -69,7 +70,7 @@ void add_kept(const at::Tensor& out, const at::Tensor* residual, const at::Tenso
                                       factors,
                                       /*is_copy=*/!gamma && scale == 1.0,
                                       in_place,
-                                      /*streams=*/!in_place && is_streamed(out)};
+                                      /*streams=*/!in_place && is_streamed(out, rows)};
   const RowCost cost = in_place ? RowCost{3, 0} : kHasResidual ? RowCost{3, 2} : RowCost{2, 1};
   parallel_rows(rows, addition.sources, cost, [&](Range range, int /*thread*/) { add_rows(addition, range); });
 }
@@ -93,7 +94,7 @@ at::Tensor backward_kept(const at::Tensor* grad_x, const at::Tensor& layout, con
       {grad_rows.tensor.const_data_ptr<TG>(), grad_rows.strides},
       {x_rows.tensor.const_data_ptr<TX>(), x_rows.strides},
       factors,
-      /*streams=*/grad_x != nullptr && is_streamed(*grad_x)};
+      /*streams=*/grad_x != nullptr && is_streamed(*grad_x, rows)};
   const RowCost cost = grad_x == nullptr ? RowCost{2, 0} : RowCost{3, 1};
   c10::SmallVector<ChannelSums<F>, 1> sums;
   for (int thread = 0; thread < row_threads(rows); ++thread) {

@@ -25,8 +25,7 @@
 namespace droppath_ext {
 namespace {
 
-constexpr int64_t kLineBytes = 64;            // a cache line, which is streamed as a whole
-constexpr int64_t kStreamedSpanBytes = 1024;  // shorter spans are not streamed
+constexpr int64_t kLineBytes = 64;  // a cache line, which is streamed as a whole
 
 // The bits of an element.
 template <typename T>

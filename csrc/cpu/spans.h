@@ -12,6 +12,9 @@
 
 namespace droppath_ext {
 
+// Nothing shorter is streamed: short streams between cached stores take up to twice the time of cached ones (Zen 4).
+constexpr int64_t kStreamedSpanBytes = 1024;
+
 // What x is multiplied by, element for element: the scale alone, or gamma * scale.
 template <typename F>
 class Factors {
@@ -110,7 +113,7 @@ struct Addition {
   const Factors<at::opmath_type<TO>>& factors;
   bool is_copy;   // x[source] itself
   bool in_place;  // the residual is out
-  bool streams;   // long runs are written past the caches
+  bool streams;   // long spans are written past the caches
 };
 
 // The backward of gamma * x: grad_x = grad[source] * factors, or 0 where a sample is dropped, unless grad_x is null;
