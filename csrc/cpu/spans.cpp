@@ -9,7 +9,7 @@
 #include <string>
 #include <type_traits>
 
-// The levels by name need GCC 12; elsewhere the plain loops serve.
+// The levels by name need GCC 12; elsewhere the loops are compiled once, for vectors of 16 bytes.
 #if defined(__x86_64__) && !defined(__clang__) && __GNUC__ >= 12
 #include <immintrin.h>
 #define DROPPATH_X86_LEVELS
@@ -31,8 +31,7 @@ constexpr int64_t kLineBytes = 64;  // a cache line, which is streamed as a whol
 template <typename T>
 using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
 
-// The compiler's own vectors, for which +, * and comparisons are written as for numbers. Of any level: those wider than
-// its registers would be split.
+// The compiler's own vectors: +, * and comparisons are written as for numbers.
 template <typename T, int kLanes>
 struct VectorOf {
   typedef T type __attribute__((vector_size(kLanes * sizeof(T))));
