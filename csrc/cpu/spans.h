@@ -6,6 +6,7 @@
 #include <c10/util/SmallVector.h>
 
 #include <cstdint>
+#include <numeric>
 
 #include "../rows.h"
 #include "parallel_rows.h"
@@ -26,10 +27,12 @@ class Factors {
   // value_of(channel) gives one for each channel.
   template <typename ValueOf>
   Factors(Channels channels, const ValueOf& value_of) : channels_(channels) {
-    // Channels that change with every element are read in blocks of neighbours. There are then rounds of them, a block
-    // long at least, so that no block needs more than one step back, and behind those one block more.
+    // Channels that change with every element are read in blocks of neighbours. Few channels are repeated up to a whole
+    // number of blocks: sums are then loaded just as they were stored a few blocks before, which a core does without
+    // waiting for the cache. Behind the period comes one block more, so that each block can be read at once.
     if (channels.inner == 1) {
-      period_ = channels.count * ((kBlock + channels.count - 1) / channels.count);
+      const int64_t blocks = std::lcm(channels.count, kBlock);
+      period_ = blocks <= 64 * kBlock ? blocks : channels.count;
     }
     values_.resize(channels.inner == 1 ? period_ + kBlock : channels.count);
     for (int64_t i = 0; i < size(); ++i) {
