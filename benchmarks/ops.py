@@ -49,9 +49,15 @@ def _inputs(
     names: Sequence[str], activation: Activation, batch: int, dtype: torch.dtype, device: torch.device
 ) -> list[Tensor]:
     """Random tensors. Training's forward records a graph, so all of them require a gradient in both passes."""
-    layout = torch.channels_last if activation.channels_last else torch.contiguous_format
-    shape = (batch, *activation.sample)
-    x, residual = (torch.randn(shape, device=device).to(dtype=dtype, memory_format=layout) for _ in range(2))
+
+    def random() -> Tensor:
+        if activation.sequence_first:
+            length, *rest = activation.sample
+            return torch.randn((length, batch, *rest), device=device).to(dtype).transpose(0, 1)
+        layout = torch.channels_last if activation.channels_last else torch.contiguous_format
+        return torch.randn((batch, *activation.sample), device=device).to(dtype=dtype, memory_format=layout)
+
+    x, residual = random(), random()
     gamma = torch.randn(activation.gamma, device=device).to(dtype)
     inputs = {"x": x, "residual": residual, "gamma": gamma}
     return [inputs[name].requires_grad_() for name in names]

@@ -54,6 +54,7 @@ def environment(device: torch.device, quick: bool) -> dict:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "device_type": device.type,
         "cpu": _cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "quick": quick,
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -81,9 +82,11 @@ def commit() -> str | None:
 
 def subtitle(env: dict) -> str:
     """Where and when the numbers were taken, in one line, for tables and plots alike."""
+    # Files of before have no level.
+    level = f", {env['cpu_capability']}" if env["device_type"] == "cpu" and "cpu_capability" in env else ""
     threads = f", threads: {env['threads']}" if env["device_type"] == "cpu" else ""
     warm = ", warm allocator" if env["malloc"] else ""
-    return f"{env['device']}{threads}{warm}, torch {env['versions']['torch']}, {env['date'][:10]}"
+    return f"{env['device']}{level}{threads}{warm}, torch {env['versions']['torch']}, {env['date'][:10]}"
 
 
 def activation_label(row: dict) -> str:

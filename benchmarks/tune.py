@@ -50,8 +50,8 @@ def vectors(alone: int, with_more: int) -> Change:
     return Change(ADD_KEPT, "? 4 : 1;", f"? {alone} : {with_more};")
 
 
-def lines_in_flight(lines: int) -> Change:
-    return Change(GAMMA_GRAD, "kLinesInFlight = 2;", f"kLinesInFlight = {lines};")
+def periods_in_flight(periods: int) -> Change:
+    return Change(GAMMA_GRAD, "kPeriodsInFlight = 2;", f"kPeriodsInFlight = {periods};")
 
 
 def store(call: str) -> Change:
@@ -89,9 +89,9 @@ VARIANTS: dict[str, list[Change]] = {
     "128 threads": [Change(TILING, "kThreads = 256;", "kThreads = 128;")],
     "512 threads": [Change(TILING, "kThreads = 256;", "kThreads = 512;")],
     "add_kept: 8 blocks a multiprocessor": [blocks(ADD_KEPT, "\n    add_kept_kernel(", 8)],
-    "gamma_grad: 1 line": [lines_in_flight(1)],
-    "gamma_grad: 3 lines": [lines_in_flight(3)],
-    "gamma_grad: 4 lines": [lines_in_flight(4)],
+    "gamma_grad: 1 period in flight": [periods_in_flight(1)],
+    "gamma_grad: 3 periods in flight": [periods_in_flight(3)],
+    "gamma_grad: 4 periods in flight": [periods_in_flight(4)],
     "gamma_grad: 3 blocks a multiprocessor": [blocks(GAMMA_GRAD, " gamma_grad_kernel(", 3)],
     "gamma_grad: 4 blocks a multiprocessor": [blocks(GAMMA_GRAD, " gamma_grad_kernel(", 4)],
     "gamma_grad: half a wave": [waves("/ 2")],

@@ -45,15 +45,17 @@ class Activation:
     cpu_batch: int
     cuda_batch: int
     channels_last: bool = False
+    sequence_first: bool = False  # [N, B, D] in memory
 
     @property
     def gamma(self) -> tuple[int, ...]:
-        """LayerScale's shape: along the last dim of tokens, [N, D], and along the channels of images, [C, H, W]."""
-        return self.sample[-1:] if len(self.sample) == 2 else (self.sample[0], 1, 1)
+        """LayerScale's shape: along the last dim of tokens, [N, D] or [D], and the channels of images, [C, H, W]."""
+        return self.sample[-1:] if len(self.sample) <= 2 else (self.sample[0], 1, 1)
 
 
-# CPU, float32: two fit in an L2 of 1 MiB, most in a last-level cache, ConvNeXt-T 56x56 in neither.
+# CPU, float32: two fit in an L2 of 1 MiB, most in a last-level cache, ConvNeXt-T 56x56 and sequence-first in neither.
 # CUDA: 64 MiB and more in float32, but for the tiny one and the last EfficientNet stages.
+# points: the features of a point cloud or a graph, each point a sample of its own, so that samples are many and small.
 ACTIVATIONS = (
     Activation("tiny", (4, 16), 8, 8),
     Activation("EfficientNet-B0", (192, 7, 7), 4, 256),
@@ -64,6 +66,10 @@ ACTIVATIONS = (
     Activation("ViT-L/16", (197, 1024), 32, 128),
     Activation("ConvNeXt-T", (384, 14, 14), 32, 256, channels_last=True),
     Activation("ConvNeXt-T", (96, 56, 56), 32, 128),
+    Activation("points", (8,), 100_000, 2_097_152),
+    Activation("points", (16,), 262_144, 1_048_576),
+    Activation("points", (64,), 65_536, 262_144),
+    Activation("sequence-first", (197, 384), 256, 256, sequence_first=True),
 )
 COMPILED_WHEN_QUICK = "ViT-S/16"  # compilation takes longer than the measurement
 

@@ -16,7 +16,7 @@ C10_HOST_DEVICE inline int64_t divide(int64_t a, int64_t b) {
 }
 
 // A row, by its sample and its number among the rows of that sample.
-struct RowPlace {
+struct RowLocation {
   int64_t sample;
   int64_t outer;
 };
@@ -32,7 +32,7 @@ struct Rows {
   int64_t samples;  // row r belongs to sample r % samples
 
   // The one place that knows which sample a row belongs to.
-  C10_HOST_DEVICE RowPlace place_of(int64_t row) const {
+  C10_HOST_DEVICE RowLocation locate(int64_t row) const {
     const int64_t outer = count == samples ? 0 : divide(row, samples);
     return {row - outer * samples, outer};
   }
@@ -41,14 +41,14 @@ struct Rows {
   int64_t outer_stride() const { return length * samples; }
 
   // Further on by as many rows as lie before `step`; without a division.
-  C10_HOST_DEVICE RowPlace advance(RowPlace place, const RowPlace& step) const {
-    place.sample += step.sample;
-    place.outer += step.outer;
-    if (place.sample >= samples) {
-      place.sample -= samples;
-      ++place.outer;
+  C10_HOST_DEVICE RowLocation advance(RowLocation location, const RowLocation& step) const {
+    location.sample += step.sample;
+    location.outer += step.outer;
+    if (location.sample >= samples) {
+      location.sample -= samples;
+      ++location.outer;
     }
-    return place;
+    return location;
   }
 };
 
@@ -66,13 +66,13 @@ struct RowStrides {
 constexpr int64_t kDropped = -1;
 
 // An entry of gamma, and which of the neighbours that share it an element is.
-struct ChannelPlace {
+struct ChannelLocation {
   int64_t channel;
   int64_t offset;
 };
 
-// Which entry of gamma belongs to an element, by the element's place in the output's memory: entries follow each other
-// every `inner` elements. 1 for the last dim of tokens and for channels_last, H * W for contiguous [B, C, H, W].
+// Which entry of gamma belongs to an element, by the element's position in the output's memory: entries follow each
+// other every `inner` elements. 1 for the last dim of tokens and for channels_last, H * W for contiguous [B, C, H, W].
 struct Channels {
   int64_t inner;
   int64_t count;
@@ -80,23 +80,23 @@ struct Channels {
   // Elements behind which the channels come again.
   C10_HOST_DEVICE int64_t period() const { return inner * count; }
 
-  C10_HOST_DEVICE ChannelPlace place_of(int64_t place) const {
-    const int64_t run = inner == 1 ? place : divide(place, inner);
-    return {run - divide(run, count) * count, place - run * inner};
+  C10_HOST_DEVICE ChannelLocation locate(int64_t position) const {
+    const int64_t run = inner == 1 ? position : divide(position, inner);
+    return {run - divide(run, count) * count, position - run * inner};
   }
 
   // Further on by as many elements as lie before `step`; without a division.
-  C10_HOST_DEVICE ChannelPlace advance(ChannelPlace place, const ChannelPlace& step) const {
-    place.offset += step.offset;
-    place.channel += step.channel;
-    if (place.offset >= inner) {
-      place.offset -= inner;
-      ++place.channel;
+  C10_HOST_DEVICE ChannelLocation advance(ChannelLocation location, const ChannelLocation& step) const {
+    location.offset += step.offset;
+    location.channel += step.channel;
+    if (location.offset >= inner) {
+      location.offset -= inner;
+      ++location.channel;
     }
-    if (place.channel >= count) {
-      place.channel -= count;
+    if (location.channel >= count) {
+      location.channel -= count;
     }
-    return place;
+    return location;
   }
 };
 

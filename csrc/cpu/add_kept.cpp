@@ -12,46 +12,31 @@ namespace {
 template <typename TO, typename TR, typename TX>
 void add_kept(const at::Tensor& out, const std::optional<at::Tensor>& residual, const at::Tensor& x,
               const std::optional<at::Tensor>& gamma, const Sources& sources, double scale) {
-  using F = at::opmath_type<TO>;
   constexpr bool kHasResidual = !std::is_void_v<TR>;
   const Rows rows = find_rows(out, sources.entries());
-  const auto factors = make_factors<F>(out, gamma, scale);
-  const Factors<F> one(1);
-  const bool is_copy = !kHasResidual && std::is_same_v<TX, TO> && !gamma && scale == 1.0;
+  const auto factors = make_factors<at::opmath_type<TO>>(out, gamma, scale);
   const bool in_place = kHasResidual && residual->is_same(out);
-  const Store store = in_place ? Store::kCached : store_of(out);
   const Input x_rows = with_rows(x, out, rows, sources.is_index());
-  const auto* x_data = x_rows.tensor.const_data_ptr<TX>();
-  auto* out_data = out.mutable_data_ptr<TO>();
+  bool joins = x_rows.strides.sample == rows.length;
   Input residual_rows;
-  const TR* residual_data = nullptr;
+  Operand<TR> residual_operand{};
   if constexpr (kHasResidual) {
     residual_rows = with_rows(*residual, out, rows);
-    residual_data = residual_rows.tensor.const_data_ptr<TR>();
+    residual_operand = {residual_rows.tensor.const_data_ptr<TR>(), residual_rows.strides};
+    joins = joins && residual_rows.strides.sample == rows.length;
   }
+  const Addition<TO, TR, TX> addition{rows,
+                                      SourceLookup(sources),
+                                      joins,
+                                      out.mutable_data_ptr<TO>(),
+                                      residual_operand,
+                                      {x_rows.tensor.const_data_ptr<TX>(), x_rows.strides},
+                                      factors,
+                                      /*is_copy=*/!gamma && scale == 1.0,
+                                      in_place,
+                                      /*streams=*/!in_place && is_streamed(out, rows)};
   const RowCost cost = in_place ? RowCost{3, 0} : kHasResidual ? RowCost{3, 2} : RowCost{2, 1};
-  parallel_rows(rows, SourceLookup(sources), cost, [&](const RowPart& part) {
-    const int64_t place = part.row * rows.length + part.column;
-    TO* to = out_data + place;
-    const TR* from = residual_data;
-    if constexpr (kHasResidual) {
-      from += residual_rows.strides.offset_of(part.place.sample, part.place.outer) + part.column;
-    }
-    if (part.is_kept()) {
-      const TX* source = x_data + x_rows.strides.offset_of(part.source, part.place.outer) + part.column;
-      if (is_copy) {
-        fill_span(to, source, part.size * sizeof(TO), store);
-      } else {
-        add_span<TO, TR, TX>(to, from, source, factors, place, part.size, store);
-      }
-    } else if (in_place) {
-      // There already.
-    } else if constexpr (std::is_void_v<TR> || std::is_same_v<TR, TO>) {
-      fill_span(to, from, part.size * sizeof(TO), store);
-    } else {
-      add_span<TO, void, TR>(to, nullptr, from, one, place, part.size, store);
-    }
-  });
+  parallel_rows(rows, addition.sources, cost, [&](Range range, int /*thread*/) { add_rows(addition, range); });
 }
 
 void add_kept_cpu(const at::Tensor& out, const std::optional<at::Tensor>& residual, const at::Tensor& x,

@@ -1,9 +1,10 @@
-// How the rows of a tensor are shared out among threads.
+// How the rows of a tensor are walked, and shared out among threads.
 #pragma once
 
 #include <ATen/Parallel.h>
 #include <ATen/TensorIterator.h>
 
+#include <algorithm>
 #include <cstdint>
 
 #include "../backend.h"
@@ -32,9 +33,51 @@ class SourceLookup {
     return keep_ == nullptr || keep_[sample] ? sample : kDropped;
   }
 
+  // How many samples from this one on, up to `end`, are made from neighbours, or are all dropped.
+  int64_t count_alike(int64_t sample, int64_t end) const {
+    int64_t last = sample + 1;
+    if (index_ != nullptr) {
+      const int64_t step = index_[sample] == kDropped ? 0 : 1;
+      while (last < end && index_[last] == index_[last - 1] + step) {
+        ++last;
+      }
+    } else if (keep_ != nullptr) {
+      while (last < end && keep_[last] == keep_[sample]) {
+        ++last;
+      }
+    } else {
+      last = end;
+    }
+    return last - sample;
+  }
+
+  int64_t count_kept(int64_t begin, int64_t end) const {
+    if (index_ != nullptr) {
+      return end - begin - std::count(index_ + begin, index_ + end, kDropped);
+    }
+    return keep_ == nullptr ? end - begin : std::count(keep_ + begin, keep_ + end, true);
+  }
+
  private:
   const int64_t* index_ = nullptr;
   const bool* keep_ = nullptr;
+};
+
+// Positions in the memory of the output.
+struct Range {
+  int64_t begin;
+  int64_t end;
+};
+
+// Neighbouring elements of the output, all of them dropped, or made from neighbours.
+struct Run {
+  int64_t position;
+  int64_t size;
+  RowLocation row;  // of the first element
+  int64_t column;   // in that row
+  int64_t source;   // that row's sample of the input, or kDropped
+
+  bool is_kept() const { return source != kDropped; }
 };
 
 // Memory accesses for one element of a kept and of a dropped row. Threads get equal shares of these, not of the
@@ -42,80 +85,56 @@ class SourceLookup {
 struct RowCost {
   int64_t kept;
   int64_t dropped;
-
-  int64_t operator()(bool is_kept) const { return is_kept ? kept : dropped; }
 };
 
-// A place in the rows' elements.
-struct RowPosition {
-  int64_t row;
-  int64_t column;
-};
-
-// The cost of one run of rows, sample after sample.
-inline int64_t cost_of_samples(const Rows& rows, const SourceLookup& sources, RowCost cost) {
-  int64_t kept = 0;
-  for (int64_t sample = 0; sample < rows.samples; ++sample) {
-    kept += sources(sample) != kDropped;
-  }
-  return rows.length * (kept * cost.kept + (rows.samples - kept) * cost.dropped);
+// The cost of one row of each of these samples.
+inline int64_t cost_of_samples(int64_t begin, int64_t end, const Rows& rows, const SourceLookup& sources,
+                               RowCost cost) {
+  const int64_t kept = sources.count_kept(begin, end);
+  return rows.length * (kept * cost.kept + (end - begin - kept) * cost.dropped);
 }
 
-// Where `work` units of cost are done; columns are cut at whole cache lines. Needs rows that are not empty.
-inline RowPosition position_after(int64_t work, int64_t samples_cost, const Rows& rows, const SourceLookup& sources,
-                                  RowCost cost) {
+// The position where `work` units of cost are done, at the begin of a row or whole cache lines into it.
+inline int64_t position_after(int64_t work, int64_t samples_cost, const Rows& rows, const SourceLookup& sources,
+                              RowCost cost) {
   constexpr int64_t kColumns = 64;
-  const auto cost_of = [&](int64_t sample) { return cost(sources(sample) != kDropped); };
   const int64_t outer = work / samples_cost;
   work -= outer * samples_cost;
   int64_t sample = 0;
-  while (outer * rows.samples + sample < rows.count && work >= rows.length * cost_of(sample)) {
-    work -= rows.length * cost_of(sample);
-    ++sample;
+  // In steps, the last of which are single samples: there may be very many.
+  for (const int64_t step : {4096, 64, 1}) {
+    for (int64_t step_cost; sample + step <= rows.samples; sample += step, work -= step_cost) {
+      step_cost = cost_of_samples(sample, sample + step, rows, sources, cost);
+      if (work < step_cost) {
+        break;
+      }
+    }
   }
-  return {outer * rows.samples + sample, work == 0 ? 0 : work / cost_of(sample) / kColumns * kColumns};
+  const int64_t row = outer * rows.samples + sample;
+  if (work == 0) {
+    return row * rows.length;
+  }
+  const int64_t column = work / (sources(sample) == kDropped ? cost.dropped : cost.kept);
+  return row * rows.length + column / kColumns * kColumns;
 }
-
-// Part of a row, and which thread works on it.
-struct RowPart {
-  int64_t row;
-  int64_t column;
-  int64_t size;
-  RowPlace place;
-  int64_t source;  // a sample of the input, or kDropped
-  int thread;
-
-  bool is_kept() const { return source != kDropped; }
-};
 
 // Threads that parallel_rows takes at most.
 inline int row_threads(const Rows& rows) { return rows.count * rows.length <= kGrainSize ? 1 : at::get_num_threads(); }
 
-// Calls body(RowPart) in parallel, for parts that together make up all the rows. `sources` knows each sample.
-// Which thread gets what depends on nothing but the arguments and the number of threads.
+// Calls body(Range, thread) in parallel, for ranges that together make up all the rows, which are not empty. `sources`
+// knows each sample. Which thread gets what depends on nothing but the arguments and the number of threads.
 template <typename F>
 void parallel_rows(const Rows& rows, const SourceLookup& sources, RowCost cost, const F& body) {
-  const auto run = [&](RowPosition begin, RowPosition end, int thread) {
-    RowPlace place = rows.place_of(begin.row);
-    for (int64_t column = begin.column; begin.row <= end.row; ++begin.row, column = 0) {
-      const int64_t size = (begin.row == end.row ? end.column : rows.length) - column;
-      if (size > 0) {
-        body(RowPart{begin.row, column, size, place, sources(place.sample), thread});
-      }
-      if (++place.sample == rows.samples) {
-        place = {0, place.outer + 1};
-      }
-    }
-  };
   if (row_threads(rows) == 1) {
-    run({0, 0}, {rows.count, 0}, 0);
+    body(Range{0, rows.count * rows.length}, 0);
     return;
   }
-  const int64_t samples_cost = cost_of_samples(rows, sources, cost);
+  const int64_t samples_cost = cost_of_samples(0, rows.samples, rows, sources, cost);
   at::parallel_for(0, rows.count / rows.samples * samples_cost, kGrainSize * cost.kept,
                    [&](int64_t begin, int64_t end) {
-                     run(position_after(begin, samples_cost, rows, sources, cost),
-                         position_after(end, samples_cost, rows, sources, cost), at::get_thread_num());
+                     body(Range{position_after(begin, samples_cost, rows, sources, cost),
+                                position_after(end, samples_cost, rows, sources, cost)},
+                          at::get_thread_num());
                    });
 }
 

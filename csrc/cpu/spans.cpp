@@ -9,13 +9,15 @@
 #include <string>
 #include <type_traits>
 
-// The levels by name need GCC 12; elsewhere the plain loops serve.
+// The levels by name need GCC 12; elsewhere the loops are compiled once, for vectors of 16 bytes.
 #if defined(__x86_64__) && !defined(__clang__) && __GNUC__ >= 12
 #include <immintrin.h>
 #define DROPPATH_X86_LEVELS
 // GCC 12 says this of its own header.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
+// Vectors are never handed over in registers: what takes them is inlined.
+#pragma GCC diagnostic ignored "-Wpsabi"
 
 #define DROPPATH_INLINE inline __attribute__((always_inline))
 #define DROPPATH_INLINE_LAMBDA __attribute__((always_inline))
@@ -25,17 +27,17 @@ namespace {
 
 constexpr int64_t kLineBytes = 64;  // a cache line, which is streamed as a whole
 
-// Writes whole lines past the caches: `to` is aligned to one, `from` too.
-template <int kBytes>
-DROPPATH_INLINE void stream_lines(void* to, const void* from) {
-#ifdef DROPPATH_X86_LEVELS
-  for (int i = 0; i < kBytes / 16; ++i) {
-    _mm_stream_si128(static_cast<__m128i*>(to) + i, _mm_load_si128(static_cast<const __m128i*>(from) + i));
-  }
-#else
-  std::memcpy(to, from, kBytes);
-#endif
-}
+// The bits of an element.
+template <typename T>
+using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
+
+// The compiler's own vectors: +, * and comparisons are written as for numbers.
+template <typename T, int kLanes>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(kLanes * sizeof(T))));
+};
+template <typename T, int kLanes>
+using Vector = typename VectorOf<T, kLanes>::type;
 
 // Streamed stores become visible to other threads only behind a fence.
 void end_stream() {
@@ -97,57 +99,24 @@ Function choose(Function v4, Function v3, Function baseline) {
 }  // namespace
 
 template <typename TO, typename TR, typename TX>
-void add_span(TO* out, const TR* residual, const TX* x, const Factors<at::opmath_type<TO>>& factors, int64_t place,
-              int64_t n, Store store) {
-  DROPPATH_CHOOSE(add_span<TO, TR, TX>)(out, residual, x, factors, place, n, store);
-  if (store == Store::kStreamed) {
+void add_rows(const Addition<TO, TR, TX>& addition, Range range) {
+  DROPPATH_CHOOSE(add_rows<TO, TR, TX>)(addition, range);
+  if (addition.streams) {
     end_stream();
   }
 }
 
 template <typename TG, typename TX>
-void backward_span(TX* grad_x, at::opmath_type<TG>* sums, const TG* grad, const TX* x,
-                   const Factors<at::opmath_type<TG>>& factors, int64_t place, int64_t n, Store store) {
-  DROPPATH_CHOOSE(backward_span<TG, TX>)(grad_x, sums, grad, x, factors, place, n, store);
-  if (store == Store::kStreamed) {
+void backward_rows(const Backward<TG, TX>& backward, Range range, ChannelSums<at::opmath_type<TG>>& sums) {
+  DROPPATH_CHOOSE(backward_rows<TG, TX>)(backward, range, sums);
+  if (backward.streams) {
     end_stream();
   }
 }
 
-void fill_span(void* out, const void* source, int64_t n, Store store) {
-  auto* to = static_cast<char*>(out);
-  const auto* from = static_cast<const char*>(source);
-  const auto fill = [&](int64_t bytes) {
-    if (from != nullptr) {
-      std::memcpy(to, from, bytes);
-      from += bytes;
-    } else {
-      std::memset(to, 0, bytes);
-    }
-    to += bytes;
-    n -= bytes;
-  };
-  if (store == Store::kStreamed) {
-    fill(std::min<int64_t>(n, (kLineBytes - reinterpret_cast<uintptr_t>(to) % kLineBytes) % kLineBytes));
-    alignas(kLineBytes) char line[kLineBytes] = {};
-    for (; n >= kLineBytes; n -= kLineBytes, to += kLineBytes) {
-      if (from != nullptr) {
-        std::memcpy(line, from, kLineBytes);
-        from += kLineBytes;
-      }
-      stream_lines<kLineBytes>(to, line);
-    }
-    end_stream();
-  }
-  fill(n);
-}
-
-#define DROPPATH_ADD(TO, TR, TX)                                                                                       \
-  template void add_span<TO, TR, TX>(TO*, const TR*, const TX*, const Factors<at::opmath_type<TO>>&, int64_t, int64_t, \
-                                     Store)
-#define DROPPATH_BACKWARD(TG, TX)                                                      \
-  template void backward_span<TG, TX>(TX*, at::opmath_type<TG>*, const TG*, const TX*, \
-                                      const Factors<at::opmath_type<TG>>&, int64_t, int64_t, Store)
+#define DROPPATH_ADD(TO, TR, TX) template void add_rows<TO, TR, TX>(const Addition<TO, TR, TX>&, Range)
+#define DROPPATH_BACKWARD(TG, TX) \
+  template void backward_rows<TG, TX>(const Backward<TG, TX>&, Range, ChannelSums<at::opmath_type<TG>>&)
 #define DROPPATH_SAME(T)    \
   DROPPATH_ADD(T, void, T); \
   DROPPATH_ADD(T, T, T);    \

@@ -36,11 +36,11 @@ void add_kept(const at::Tensor& out, const std::optional<at::Tensor>& residual, 
   const auto run = [&](auto width) {
     constexpr int kLaunchWidth = decltype(width)::value;
     Gamma<TGamma> operand{};
-    ChannelPlace gamma_step{};
+    ChannelLocation gamma_step{};
     if constexpr (kHasGamma) {
       operand = gamma_operand<TGamma, kLaunchWidth>(dense_gamma, find_channels(out, *gamma));
       if (out.numel() != 0) {
-        gamma_step = operand.channels.place_of(kThreads * kLaunchWidth);
+        gamma_step = operand.channels.locate(kThreads * kLaunchWidth);
       }
     }
     const Tiling tiling = Tiling::make(rows, kThreads * kUnroll<TR, TGamma>, kLaunchWidth);

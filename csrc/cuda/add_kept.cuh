@@ -21,8 +21,8 @@ constexpr int kUnroll = std::is_void_v<TR> && std::is_void_v<TGamma> ? 4 : 1;
 template <typename TO, typename TR, typename TX, typename TGamma, int kWidth>
 __global__ void __launch_bounds__(kThreads)
     add_kept_kernel(TO* out, const TR* residual, const TX* __restrict__ x, SourceLookup sources, Gamma<TGamma> gamma,
-                    ChannelPlace gamma_step, Rows rows, RowStrides strides, RowStrides residual_strides, Tiling tiling,
-                    bool in_place, Opmath<TO> scale) {
+                    ChannelLocation gamma_step, Rows rows, RowStrides strides, RowStrides residual_strides,
+                    Tiling tiling, bool in_place, Opmath<TO> scale) {
   using F = Opmath<TO>;
   constexpr bool kHasResidual = !std::is_void_v<TR>;
   constexpr bool kHasGamma = !std::is_void_v<TGamma>;
@@ -36,28 +36,28 @@ __global__ void __launch_bounds__(kThreads)
   const Tile tile = tiling.tile(blockIdx.x, rows);
 #pragma unroll 1
   for (int i = threadIdx.x; i < tile.rows; i += kThreads) {
-    const RowPlace place = rows.place_of(tile.first_row + i);
-    const bool writes_mask = tile.first_column == 0 && place.outer == 0;
-    const int64_t source = sources(place.sample, writes_mask);
-    offsets[i] = source == kDropped ? kDropped : strides.offset_of(source, place.outer) + tile.first_column;
+    const RowLocation location = rows.locate(tile.first_row + i);
+    const bool writes_mask = tile.first_column == 0 && location.outer == 0;
+    const int64_t source = sources(location.sample, writes_mask);
+    offsets[i] = source == kDropped ? kDropped : strides.offset_of(source, location.outer) + tile.first_column;
     if constexpr (kHasResidual) {
-      residual_offsets[i] = residual_strides.offset_of(place.sample, place.outer) + tile.first_column;
+      residual_offsets[i] = residual_strides.offset_of(location.sample, location.outer) + tile.first_column;
     }
   }
   __syncthreads();
 
   // A tile's output is one run of memory: part of a row, or whole rows.
-  const int64_t first_place = tile.first_row * rows.length + tile.first_column;
+  const int64_t first_position = tile.first_row * rows.length + tile.first_column;
   const int vectors_per_row = tile.columns / kWidth;
   const int vectors = tile.rows * vectors_per_row;
   Vector<TX, kWidth> values[kVectors];
   Vector<Residual, kWidth> residuals[kVectors];
   GammaValues<GammaOrX, kWidth> gammas[kVectors];
   bool is_kept[kVectors];
-  ChannelPlace channel{};
+  ChannelLocation channel{};
   if constexpr (kHasGamma) {
     if (vectors > 0) {
-      channel = gamma.channels.place_of(first_place + threadIdx.x * kWidth);
+      channel = gamma.channels.locate(first_position + threadIdx.x * kWidth);
     }
   }
 #pragma unroll
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kThreads)
     } else if constexpr (kHasResidual) {
       result = Vector<TO, kWidth>::from_opmath(sums);
     }
-    store_vector(out + first_place + vector * kWidth, result);
+    store_vector(out + first_position + vector * kWidth, result);
   }
 }
 

@@ -37,17 +37,17 @@ void gamma_grad(const at::Tensor& grad_x, bool writes_grad_x, const at::Tensor& 
     constexpr int kLaunchWidth = decltype(width)::value;
     const auto kernel = gamma_grad_kernel<TG, TX, TGamma, kLaunchWidth, decltype(is_innermost)::value>;
     args.gamma = gamma_operand<TGamma, kLaunchWidth>(dense_gamma, channels);
-    const LineTiling tiling = LineTiling::make(channels, kLaunchWidth);
-    const Lines lines = Lines::make(rows, channels);
+    const PeriodTiling tiling = PeriodTiling::make(channels, kLaunchWidth);
+    const Periods periods = Periods::make(rows, channels);
     // One wave, so that few parts are left to sum.
     const int64_t wave = std::max<int64_t>(blocks_of_a_wave(kernel, tiling.threads()) / tiling.tiles, 1);
-    const int64_t count = std::min(ceil_div(lines.count, int64_t{tiling.lines} * kLinesInFlight), wave);
+    const int64_t count = std::min(ceil_div(periods.count, int64_t{tiling.periods} * kPeriodsInFlight), wave);
     parts = at::empty({count * tiling.segments, channels.count},
                       grad.options().dtype(sizeof(F) == 8 ? at::kDouble : at::kFloat));
     args.parts = parts.mutable_data_ptr<F>();
-    const int64_t stride = count * tiling.lines;
-    launch(kernel, count * tiling.tiles, tiling.threads(), args, tiling, lines, stride,
-           lines.place_of(stride, /*row_of_line=*/0, rows));
+    const int64_t stride = count * tiling.periods;
+    launch(kernel, count * tiling.tiles, tiling.threads(), args, tiling, periods, stride,
+           periods.locate(stride, /*row_of_period=*/0, rows));
   };
   // A vector holds whole channels, or parts of two at most.
   const bool is_innermost = channels.inner == 1;

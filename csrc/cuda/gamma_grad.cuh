@@ -29,79 +29,80 @@ struct BackwardArgs {
   Opmath<TX> scale;
 };
 
-// How blocks share the lines. A line is the shortest run of memory that holds every channel once: a token of [B, N, D],
-// a sample of [B, C, H, W]. A block takes a tile, part of a line or a whole one, and walks over the lines with it, so
-// that each of its threads meets the same channels in all of them and keeps their sums in registers.
-struct LineTiling {
-  int64_t line_vectors;
-  int64_t tiles;     // of a line
+// How blocks share the periods. A period is the shortest run of memory that holds every channel once: a token of [B, N,
+// D], a sample of [B, C, H, W]. A block takes a tile, part of a period or a whole one, and walks over the periods with
+// it, so that each of its threads meets the same channels in all of them and keeps their sums in registers.
+struct PeriodTiling {
+  int64_t period_vectors;
+  int64_t tiles;     // of a period
   int vectors;       // of a tile
-  int lines;         // that a block works on at a time
+  int periods;       // that a block works on at a time
   int64_t segments;  // tiles that may meet one channel: each has parts of its own
 
-  static LineTiling make(const Channels& channels, int width) {
-    const int64_t line_vectors = channels.period() / width;
+  static PeriodTiling make(const Channels& channels, int width) {
+    const int64_t period_vectors = channels.period() / width;
     // The shortest run of vectors that is whole channels. Tiles are made of such runs if they are not too long.
     const int64_t run = channels.inner == 1 ? 1 : channels.inner / std::gcd(channels.inner, int64_t{width});
     const int64_t unit = run <= kThreads ? run : 1;
-    const int64_t units = ceil_div(line_vectors, unit);
+    const int64_t units = ceil_div(period_vectors, unit);
     const int64_t tiles = ceil_div(units, kThreads / unit);
     const int64_t vectors = ceil_div(units, tiles) * unit;
     const int64_t elements = vectors * width;
-    return {line_vectors, ceil_div(line_vectors, vectors), static_cast<int>(vectors),
+    return {period_vectors, ceil_div(period_vectors, vectors), static_cast<int>(vectors),
             tiles == 1 ? static_cast<int>(kThreads / vectors) : 1,
             run <= kThreads ? 1 : (channels.inner + elements - 2) / elements + 1};
   }
 
   // Whole warps.
-  int threads() const { return static_cast<int>(ceil_div(vectors * lines, kWarp)) * kWarp; }
+  int threads() const { return static_cast<int>(ceil_div(vectors * periods, kWarp)) * kWarp; }
 };
 
-// The place of a line: its row, and which of the row's lines it is.
-struct LinePlace {
-  RowPlace row;
-  int64_t line;
+// The location of a period: its row, and which of the row's periods it is.
+struct PeriodLocation {
+  RowLocation row;
+  int64_t period;
 };
 
-// The lines of a tensor. A row holds whole lines; or, where the channels lie outside of the samples, a line whole rows.
-struct Lines {
+// The periods of a tensor. A row holds whole periods; or, where the channels lie outside of the samples, a period whole
+// rows.
+struct Periods {
   int64_t count;
   int64_t length;
-  int64_t per_row;       // 1 if a line holds rows
-  int64_t rows_of_line;  // 1 if a row holds lines
+  int64_t per_row;         // 1 if a period holds rows
+  int64_t rows_of_period;  // 1 if a row holds periods
 
-  static Lines make(const Rows& rows, const Channels& channels) {
+  static Periods make(const Rows& rows, const Channels& channels) {
     const int64_t length = channels.period();
     return {rows.count * rows.length / length, length, std::max<int64_t>(rows.length / length, 1),
             std::max<int64_t>(length / rows.length, 1)};
   }
 
-  C10_HOST_DEVICE LinePlace place_of(int64_t line, int64_t row_of_line, const Rows& rows) const {
-    const int64_t row = per_row == 1 ? line : divide(line, per_row);
-    return {rows.place_of(row * rows_of_line + row_of_line), line - row * per_row};
+  C10_HOST_DEVICE PeriodLocation locate(int64_t period, int64_t row_of_period, const Rows& rows) const {
+    const int64_t row = per_row == 1 ? period : divide(period, per_row);
+    return {rows.locate(row * rows_of_period + row_of_period), period - row * per_row};
   }
 
-  // Further on by as many lines as lie before `step`; without a division.
-  C10_HOST_DEVICE LinePlace advance(LinePlace place, const LinePlace& step, const Rows& rows) const {
-    place.row = rows.advance(place.row, step.row);
-    place.line += step.line;
-    if (place.line >= per_row) {
-      place.line -= per_row;
-      place.row = rows.advance(place.row, {1, 0});
+  // Further on by as many periods as lie before `step`; without a division.
+  C10_HOST_DEVICE PeriodLocation advance(PeriodLocation location, const PeriodLocation& step, const Rows& rows) const {
+    location.row = rows.advance(location.row, step.row);
+    location.period += step.period;
+    if (location.period >= per_row) {
+      location.period -= per_row;
+      location.row = rows.advance(location.row, {1, 0});
     }
-    return place;
+    return location;
   }
 };
 
-// Lines that a thread has loaded before it works on the first. More need so many registers that fewer blocks fit.
-constexpr int kLinesInFlight = 2;
+// Periods that a thread has loaded before it works on the first. More need so many registers that fewer blocks fit.
+constexpr int kPeriodsInFlight = 2;
 
 // kInnermost: a vector holds kWidth channels (channels.inner == 1). Otherwise it holds one, or the end of one and the
-// beginning of the next. Lines are dealt out in turns, so that blocks meet about as many dropped samples as each other:
-// `stride` lines, that is `step`, lead a block from one of its lines to the next.
+// beginning of the next. Periods are dealt out in turns, so that blocks meet about as many dropped samples as each
+// other: `stride` periods, that is `step`, lead a block from one of its periods to the next.
 template <typename TG, typename TX, typename TGamma, int kWidth, bool kInnermost>
-__global__ void __launch_bounds__(kThreads) gamma_grad_kernel(BackwardArgs<TG, TX, TGamma> args, LineTiling tiling,
-                                                              Lines lines, int64_t stride, LinePlace step) {
+__global__ void __launch_bounds__(kThreads) gamma_grad_kernel(BackwardArgs<TG, TX, TGamma> args, PeriodTiling tiling,
+                                                              Periods periods, int64_t stride, PeriodLocation step) {
   using F = Opmath<TX>;
   constexpr int kSums = kInnermost ? kWidth : 2;
   __shared__ F shared[kSums][kThreads];
@@ -109,14 +110,14 @@ __global__ void __launch_bounds__(kThreads) gamma_grad_kernel(BackwardArgs<TG, T
   const Channels channels = args.gamma.channels;
   const int64_t part = divide(blockIdx.x, tiling.tiles);
   const int64_t tile = blockIdx.x - part * tiling.tiles;
-  const int line_of_block = threadIdx.x / tiling.vectors;
-  const int64_t vector = tile * tiling.vectors + (threadIdx.x - line_of_block * tiling.vectors);
-  const int64_t column = vector * kWidth;  // in the line
-  const bool works = line_of_block < tiling.lines && vector < tiling.line_vectors;
+  const int period_of_block = threadIdx.x / tiling.vectors;
+  const int64_t vector = tile * tiling.vectors + (threadIdx.x - period_of_block * tiling.vectors);
+  const int64_t column = vector * kWidth;  // in the period
+  const bool works = period_of_block < tiling.periods && vector < tiling.period_vectors;
 
   F sums[kSums] = {};
   if (works) {
-    const ChannelPlace channel = channels.place_of(column);
+    const ChannelLocation channel = channels.locate(column);
     // Elements of the vector that belong to its first channel.
     const int64_t of_first = channels.inner - channel.offset;
     F factors[kWidth];
@@ -125,34 +126,34 @@ __global__ void __launch_bounds__(kThreads) gamma_grad_kernel(BackwardArgs<TG, T
     for (int j = 0; j < kWidth; ++j) {
       factors[j] *= args.scale;
     }
-    const int64_t row_of_line = lines.rows_of_line == 1 ? 0 : divide(column, args.rows.length);
-    const int64_t column_of_row = column - row_of_line * args.rows.length;
-    int64_t line = part * tiling.lines + line_of_block;
-    TX* grad_x = args.grad_x == nullptr ? nullptr : args.grad_x + line * lines.length + column;
-    LinePlace place = lines.place_of(line, row_of_line, args.rows);
-    while (line < lines.count) {
-      Vector<TG, kWidth> grads[kLinesInFlight];
-      Vector<TX, kWidth> values[kLinesInFlight];
-      bool is_kept[kLinesInFlight];
+    const int64_t row_of_period = periods.rows_of_period == 1 ? 0 : divide(column, args.rows.length);
+    const int64_t column_of_row = column - row_of_period * args.rows.length;
+    int64_t period = part * tiling.periods + period_of_block;
+    TX* grad_x = args.grad_x == nullptr ? nullptr : args.grad_x + period * periods.length + column;
+    PeriodLocation location = periods.locate(period, row_of_period, args.rows);
+    while (period < periods.count) {
+      Vector<TG, kWidth> grads[kPeriodsInFlight];
+      Vector<TX, kWidth> values[kPeriodsInFlight];
+      bool is_kept[kPeriodsInFlight];
 #pragma unroll
-      for (int i = 0; i < kLinesInFlight; ++i) {
+      for (int i = 0; i < kPeriodsInFlight; ++i) {
         is_kept[i] = false;
-        if (line + i * stride < lines.count) {
-          const int64_t source = args.sources(place.row.sample);
+        if (period + i * stride < periods.count) {
+          const int64_t source = args.sources(location.row.sample);
           is_kept[i] = source != kDropped;
           if (is_kept[i]) {
-            const int64_t place_in_row = place.line * lines.length + column_of_row;
-            grads[i] = load_vector<TG, kWidth>(args.grad + args.grad_strides.offset_of(source, place.row.outer) +
-                                               place_in_row);
-            values[i] = load_vector<TX, kWidth>(args.x + args.strides.offset_of(place.row.sample, place.row.outer) +
-                                                place_in_row);
+            const int64_t position_in_row = location.period * periods.length + column_of_row;
+            grads[i] = load_vector<TG, kWidth>(args.grad + args.grad_strides.offset_of(source, location.row.outer) +
+                                               position_in_row);
+            values[i] = load_vector<TX, kWidth>(
+                args.x + args.strides.offset_of(location.row.sample, location.row.outer) + position_in_row);
           }
         }
-        place = lines.advance(place, step, args.rows);
+        location = periods.advance(location, step, args.rows);
       }
 #pragma unroll
-      for (int i = 0; i < kLinesInFlight; ++i, line += stride) {
-        if (line < lines.count) {
+      for (int i = 0; i < kPeriodsInFlight; ++i, period += stride) {
+        if (period < periods.count) {
           Vector<TX, kWidth> result{};
           if (is_kept[i]) {
             F terms[kWidth];
@@ -174,7 +175,7 @@ __global__ void __launch_bounds__(kThreads) gamma_grad_kernel(BackwardArgs<TG, T
           }
           if (grad_x != nullptr) {
             store_vector(grad_x, result);
-            grad_x += stride * lines.length;
+            grad_x += stride * periods.length;
           }
         }
       }
@@ -186,25 +187,25 @@ __global__ void __launch_bounds__(kThreads) gamma_grad_kernel(BackwardArgs<TG, T
     shared[j][threadIdx.x] = sums[j];
   }
   __syncthreads();
-  // The sum of one of a vector's sums over the lines of the block.
+  // The sum of one of a vector's sums over the periods of the block.
   const auto sum_of = [&](int j, int64_t vector_of_tile) {
     F sum = 0;
-    for (int line = 0; line < tiling.lines; ++line) {
-      sum += shared[j][line * tiling.vectors + vector_of_tile];
+    for (int period = 0; period < tiling.periods; ++period) {
+      sum += shared[j][period * tiling.vectors + vector_of_tile];
     }
     return sum;
   };
   if constexpr (kInnermost) {
-    if (works && line_of_block == 0) {
+    if (works && period_of_block == 0) {
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) {
         args.parts[part * channels.count + column + j] = sum_of(j, threadIdx.x);
       }
     }
   } else {
-    // A warp for each channel that the tile meets, from `begin` to `end` in the line.
+    // A warp for each channel that the tile meets, from `begin` to `end` in the period.
     const int64_t begin = tile * tiling.vectors * kWidth;
-    const int64_t end = std::min((tile + 1) * tiling.vectors, tiling.line_vectors) * kWidth;
+    const int64_t end = std::min((tile + 1) * tiling.vectors, tiling.period_vectors) * kWidth;
     const int64_t past_channel = divide(end - 1, channels.inner) + 1;
     const int lane = threadIdx.x % kWarp;
     for (int64_t channel = divide(begin, channels.inner) + threadIdx.x / kWarp; channel < past_channel;

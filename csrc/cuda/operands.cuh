@@ -86,31 +86,31 @@ struct Gamma {
   bool is_uniform;  // or one entry
   Channels channels;
 
-  // Those for the elements from `place` on. No load is waited for here, but in the last branch: channels shorter than a
-  // vector, or vectors that are not aligned to them.
+  // Those for the elements from `location` on. No load is waited for here, but in the last branch: channels shorter
+  // than a vector, or vectors that are not aligned to them.
   template <int kWidth>
-  __device__ GammaValues<T, kWidth> load(ChannelPlace place) const {
+  __device__ GammaValues<T, kWidth> load(ChannelLocation location) const {
     if (is_aligned) {
-      return {load_vector<T, kWidth>(values + place.channel), 0};
+      return {load_vector<T, kWidth>(values + location.channel), 0};
     }
     GammaValues<T, kWidth> loaded{};
     if (is_uniform) {
-      loaded.values.set_part(0, values[place.channel]);
+      loaded.values.set_part(0, values[location.channel]);
       loaded.of_first = kWidth;
     } else if constexpr (kWidth > 1) {
-      const ChannelPlace next_channel{1, 0};
+      const ChannelLocation next_channel{1, 0};
       if (channels.inner >= kWidth) {
-        const int64_t left = channels.inner - place.offset;
-        loaded.values.set_part(0, values[place.channel]);
-        loaded.values.set_part(1, values[channels.advance(place, next_channel).channel]);
+        const int64_t left = channels.inner - location.offset;
+        loaded.values.set_part(0, values[location.channel]);
+        loaded.values.set_part(1, values[channels.advance(location, next_channel).channel]);
         loaded.of_first = static_cast<int>(left < kWidth ? left : kWidth);
       } else {
-        const ChannelPlace next = channels.inner == 1 ? next_channel : ChannelPlace{0, 1};
+        const ChannelLocation next = channels.inner == 1 ? next_channel : ChannelLocation{0, 1};
         T elements[kWidth];
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) {
-          elements[i] = values[place.channel];
-          place = channels.advance(place, next);
+          elements[i] = values[location.channel];
+          location = channels.advance(location, next);
         }
         memcpy(&loaded.values, elements, sizeof(elements));
       }

@@ -30,14 +30,14 @@ def test_divide(a, b):
 
 @explored
 @given(st.data(), sizes(3))
-def test_place_of_a_row(data, drawn):
+def test_location_of_a_row(data, drawn):
     samples, outer, length = drawn
     rows = [samples * outer, length, samples]
     row = data.draw(below(samples * outer))
     step = data.draw(below(samples * outer - row))
-    place = HOST.row_place(rows, row)
-    assert place == [row % samples, row // samples]
-    assert HOST.row_advance(rows, place, HOST.row_place(rows, step)) == HOST.row_place(rows, row + step)
+    position = HOST.row_location(rows, row)
+    assert position == [row % samples, row // samples]
+    assert HOST.row_advance(rows, position, HOST.row_location(rows, step)) == HOST.row_location(rows, row + step)
 
 
 @explored
@@ -49,11 +49,11 @@ def test_offset_of_a_row(sample_stride, outer_stride, source, outer):
 
 @explored
 @given(SIZES, SIZES, st.integers(0, 2**61), st.integers(0, 2**61))
-def test_place_of_a_channel(inner, count, place, step):
+def test_location_of_a_channel(inner, count, position, step):
     channels = [inner, count]
-    assert HOST.channel_place(channels, place) == [place // inner % count, place % inner]
-    advanced = HOST.channel_advance(channels, *(HOST.channel_place(channels, n) for n in (place, step)))
-    assert advanced == HOST.channel_place(channels, place + step)
+    assert HOST.channel_location(channels, position) == [position // inner % count, position % inner]
+    advanced = HOST.channel_advance(channels, *(HOST.channel_location(channels, n) for n in (position, step)))
+    assert advanced == HOST.channel_location(channels, position + step)
 
 
 @explored
@@ -77,39 +77,39 @@ def test_tiles(data, drawn, width, vectors):
 
 @explored
 @given(st.data(), sizes(2), WIDTHS)
-def test_tiles_of_a_line(data, drawn, width):
+def test_tiles_of_a_period(data, drawn, width):
     """At most 256 vectors for a block; and a channel meets no more tiles than it has parts."""
     inner, count = drawn[0], drawn[1] * width
-    line_vectors, tiles, vectors, lines, segments, threads = HOST.line_tiling([inner, count], width)
-    assert line_vectors * width == inner * count
-    assert (tiles - 1) * vectors < line_vectors <= tiles * vectors
-    assert vectors * lines <= threads <= 256
-    assert lines == 1 or tiles == 1
+    period_vectors, tiles, vectors, periods, segments, threads = HOST.period_tiling([inner, count], width)
+    assert period_vectors * width == inner * count
+    assert (tiles - 1) * vectors < period_vectors <= tiles * vectors
+    assert vectors * periods <= threads <= 256
+    assert periods == 1 or tiles == 1
     channel = data.draw(below(count))
-    first, last = (place // width // vectors for place in (channel * inner, (channel + 1) * inner - 1))
+    first, last = (position // width // vectors for position in (channel * inner, (channel + 1) * inner - 1))
     assert last - first < segments
 
 
 @explored
 @given(st.data(), sizes(4), st.booleans())
-def test_place_of_a_line(data, drawn, rows_hold_lines):
-    """The rows of the line's elements, whichever holds the other."""
+def test_location_of_a_period(data, drawn, rows_hold_periods):
+    """The rows of the period's elements, whichever holds the other."""
     samples, outer, inner, many = drawn
-    if rows_hold_lines:
-        rows, channels, per_row, rows_of_line = [samples * outer, inner * many, samples], [inner, 1], many, 1
+    if rows_hold_periods:
+        rows, channels, per_row, rows_of_period = [samples * outer, inner * many, samples], [inner, 1], many, 1
     else:
-        rows, channels, per_row, rows_of_line = [samples * outer * many, inner, samples], [inner, many], 1, many
-    lines = HOST.lines(rows, channels)
-    count = samples * outer * (many if rows_hold_lines else 1)
-    assert lines == [count, math.prod(channels), per_row, rows_of_line]
-    line = data.draw(below(count))
-    step = data.draw(below(count - line))
-    row_of_line = data.draw(below(rows_of_line))
+        rows, channels, per_row, rows_of_period = [samples * outer * many, inner, samples], [inner, many], 1, many
+    periods = HOST.periods(rows, channels)
+    count = samples * outer * (many if rows_hold_periods else 1)
+    assert periods == [count, math.prod(channels), per_row, rows_of_period]
+    period = data.draw(below(count))
+    step = data.draw(below(count - period))
+    row_of_period = data.draw(below(rows_of_period))
 
-    def place_of(line):
-        row = line // per_row * rows_of_line + row_of_line
-        return [row % samples, row // samples, line % per_row]
+    def location_of(period):
+        row = period // per_row * rows_of_period + row_of_period
+        return [row % samples, row // samples, period % per_row]
 
-    assert HOST.line_place(lines, rows, line, row_of_line) == place_of(line)
-    advanced = HOST.line_advance(lines, rows, place_of(line), HOST.line_place(lines, rows, step, 0))
-    assert advanced == place_of(line + step)
+    assert HOST.period_location(periods, rows, period, row_of_period) == location_of(period)
+    advanced = HOST.period_advance(periods, rows, location_of(period), HOST.period_location(periods, rows, step, 0))
+    assert advanced == location_of(period + step)

@@ -18,26 +18,26 @@ using Ints = std::vector<int64_t>;
 using In = at::IntArrayRef;
 
 inline Rows rows_of(In a) { return {a[0], a[1], a[2]}; }
-inline RowPlace row_place_of(In a) { return {a[0], a[1]}; }
+inline RowLocation row_location_of(In a) { return {a[0], a[1]}; }
 inline Channels channels_of(In a) { return {a[0], a[1]}; }
-inline ChannelPlace channel_place_of(In a) { return {a[0], a[1]}; }
-inline LinePlace line_place_of(In a) { return {{a[0], a[1]}, a[2]}; }
-inline Lines lines_of(In a) { return {a[0], a[1], a[2], a[3]}; }
+inline ChannelLocation channel_location_of(In a) { return {a[0], a[1]}; }
+inline PeriodLocation period_location_of(In a) { return {{a[0], a[1]}, a[2]}; }
+inline Periods periods_of(In a) { return {a[0], a[1], a[2], a[3]}; }
 
-inline Ints list(const RowPlace& place) { return {place.sample, place.outer}; }
-inline Ints list(const ChannelPlace& place) { return {place.channel, place.offset}; }
-inline Ints list(const LinePlace& place) { return {place.row.sample, place.row.outer, place.line}; }
+inline Ints list(const RowLocation& location) { return {location.sample, location.outer}; }
+inline Ints list(const ChannelLocation& location) { return {location.channel, location.offset}; }
+inline Ints list(const PeriodLocation& location) { return {location.row.sample, location.row.outer, location.period}; }
 
-inline Ints row_place(In rows, int64_t row) { return list(rows_of(rows).place_of(row)); }
-inline Ints row_advance(In rows, In place, In step) {
-  return list(rows_of(rows).advance(row_place_of(place), row_place_of(step)));
+inline Ints row_location(In rows, int64_t row) { return list(rows_of(rows).locate(row)); }
+inline Ints row_advance(In rows, In location, In step) {
+  return list(rows_of(rows).advance(row_location_of(location), row_location_of(step)));
 }
 inline int64_t row_offset(In strides, int64_t source, int64_t outer) {
   return RowStrides{strides[0], strides[1]}.offset_of(source, outer);
 }
-inline Ints channel_place(In channels, int64_t place) { return list(channels_of(channels).place_of(place)); }
-inline Ints channel_advance(In channels, In place, In step) {
-  return list(channels_of(channels).advance(channel_place_of(place), channel_place_of(step)));
+inline Ints channel_location(In channels, int64_t location) { return list(channels_of(channels).locate(location)); }
+inline Ints channel_advance(In channels, In location, In step) {
+  return list(channels_of(channels).advance(channel_location_of(location), channel_location_of(step)));
 }
 inline int64_t tiles(In rows, int64_t vectors, int64_t width) {
   return Tiling::make(rows_of(rows), static_cast<int>(vectors), static_cast<int>(width)).tiles(rows_of(rows));
@@ -47,19 +47,19 @@ inline Ints tile(In rows, int64_t vectors, int64_t width, int64_t index) {
   const Tile tile = tiling.tile(index, rows_of(rows));
   return {tile.first_row, tile.first_column, tile.rows, tile.columns};
 }
-inline Ints line_tiling(In channels, int64_t width) {
-  const auto tiling = LineTiling::make(channels_of(channels), static_cast<int>(width));
-  return {tiling.line_vectors, tiling.tiles, tiling.vectors, tiling.lines, tiling.segments, tiling.threads()};
+inline Ints period_tiling(In channels, int64_t width) {
+  const auto tiling = PeriodTiling::make(channels_of(channels), static_cast<int>(width));
+  return {tiling.period_vectors, tiling.tiles, tiling.vectors, tiling.periods, tiling.segments, tiling.threads()};
 }
-inline Ints lines(In rows, In channels) {
-  const auto lines = Lines::make(rows_of(rows), channels_of(channels));
-  return {lines.count, lines.length, lines.per_row, lines.rows_of_line};
+inline Ints periods(In rows, In channels) {
+  const auto periods = Periods::make(rows_of(rows), channels_of(channels));
+  return {periods.count, periods.length, periods.per_row, periods.rows_of_period};
 }
-inline Ints line_place(In lines, In rows, int64_t line, int64_t row_of_line) {
-  return list(lines_of(lines).place_of(line, row_of_line, rows_of(rows)));
+inline Ints period_location(In periods, In rows, int64_t period, int64_t row_of_period) {
+  return list(periods_of(periods).locate(period, row_of_period, rows_of(rows)));
 }
-inline Ints line_advance(In lines, In rows, In place, In step) {
-  return list(lines_of(lines).advance(line_place_of(place), line_place_of(step), rows_of(rows)));
+inline Ints period_advance(In periods, In rows, In location, In step) {
+  return list(periods_of(periods).advance(period_location_of(location), period_location_of(step), rows_of(rows)));
 }
 
 }  // namespace cuda_on_host::index_functions
@@ -67,15 +67,15 @@ inline Ints line_advance(In lines, In rows, In place, In step) {
 TORCH_LIBRARY_FRAGMENT(cuda_on_host, m) {
   namespace f = cuda_on_host::index_functions;
   m.def("divide(int a, int b) -> int", &droppath_ext::divide);
-  m.def("row_place(int[] rows, int row) -> int[]", &f::row_place);
-  m.def("row_advance(int[] rows, int[] place, int[] step) -> int[]", &f::row_advance);
+  m.def("row_location(int[] rows, int row) -> int[]", &f::row_location);
+  m.def("row_advance(int[] rows, int[] location, int[] step) -> int[]", &f::row_advance);
   m.def("row_offset(int[] strides, int source, int outer) -> int", &f::row_offset);
-  m.def("channel_place(int[] channels, int place) -> int[]", &f::channel_place);
-  m.def("channel_advance(int[] channels, int[] place, int[] step) -> int[]", &f::channel_advance);
+  m.def("channel_location(int[] channels, int location) -> int[]", &f::channel_location);
+  m.def("channel_advance(int[] channels, int[] location, int[] step) -> int[]", &f::channel_advance);
   m.def("tiles(int[] rows, int vectors, int width) -> int", &f::tiles);
   m.def("tile(int[] rows, int vectors, int width, int index) -> int[]", &f::tile);
-  m.def("line_tiling(int[] channels, int width) -> int[]", &f::line_tiling);
-  m.def("lines(int[] rows, int[] channels) -> int[]", &f::lines);
-  m.def("line_place(int[] lines, int[] rows, int line, int row_of_line) -> int[]", &f::line_place);
-  m.def("line_advance(int[] lines, int[] rows, int[] place, int[] step) -> int[]", &f::line_advance);
+  m.def("period_tiling(int[] channels, int width) -> int[]", &f::period_tiling);
+  m.def("periods(int[] rows, int[] channels) -> int[]", &f::periods);
+  m.def("period_location(int[] periods, int[] rows, int period, int row_of_period) -> int[]", &f::period_location);
+  m.def("period_advance(int[] periods, int[] rows, int[] location, int[] step) -> int[]", &f::period_advance);
 }
