@@ -36,9 +36,9 @@ class Part:
 PYTEST = "python -m pytest -q -p no:cacheprovider"
 
 
-def tests(files: str, dry_choice: str) -> Part:
+def tests(files: str, dry_choice: str, choice: str = "cuda") -> Part:
     paths = " ".join(f"tests/test_{name}.py" for name in files.split())
-    return Part(f"tests of {files}", f"{PYTEST} {paths} -k cuda", f"{PYTEST} {paths} -k {dry_choice}")
+    return Part(f"tests of {files}", f"{PYTEST} {paths} -k {choice!r}", f"{PYTEST} {paths} -k {dry_choice}")
 
 
 def memcheck(choice: str, dry_choice: str) -> Part:
@@ -72,7 +72,8 @@ STAGES: tuple[tuple[int, tuple[Part, ...]], ...] = (
             Part(
                 "tests of cuda", f"{PYTEST} tests/test_cuda.py", f"{PYTEST} tests/test_install.py -k test_info_passes"
             ),
-            tests("ops", "certain_outcomes"),
+            # opcheck takes minutes, and looks at what is no matter of the device.
+            tests("ops", "gradient_of_the_op", "cuda and not opcheck and not derivatives"),
             tests("geometry", "certain_outcomes"),
             tests("layouts", "one_dimensional"),
             tests("fuse semantics errors", "native_drop_prob"),

@@ -34,7 +34,8 @@ SECONDS = {"cuda": 0.06, "cpu": 0.0}  # for each case of each variant
 
 ADD_KEPT, GAMMA_GRAD = "csrc/cuda/add_kept.cuh", "csrc/cuda/gamma_grad.cuh"
 TILING, VECTOR = "csrc/cuda/tiling.h", "csrc/cuda/vector.cuh"
-LAUNCHER, GAMMA_GRAD_LAUNCHER = "csrc/cuda/launcher.cuh", "csrc/cuda/gamma_grad.cu"
+LAUNCHER = "csrc/cuda/launcher.cuh"
+ADD_KEPT_LAUNCHER, GAMMA_GRAD_LAUNCHER = "csrc/cuda/add_kept.cu", "csrc/cuda/gamma_grad.cu"
 
 # Only what is measured is built: float32 and bfloat16.
 TWO_DTYPES = Change(
@@ -46,8 +47,11 @@ TWO_DTYPES = Change(
 )
 
 
-def vectors(alone: int, with_more: int) -> Change:
-    return Change(ADD_KEPT, "? 4 : 1;", f"? {alone} : {with_more};")
+def vectors(alone: int, with_more: int) -> list[Change]:
+    return [
+        Change(ADD_KEPT_LAUNCHER, "kVectorsAlone = 4;", f"kVectorsAlone = {alone};"),
+        Change(ADD_KEPT_LAUNCHER, "kVectorsWithMore = 1;", f"kVectorsWithMore = {with_more};"),
+    ]
 
 
 def periods_in_flight(periods: int) -> Change:
@@ -82,10 +86,11 @@ def waves(factor: str) -> Change:
 
 VARIANTS: dict[str, list[Change]] = {
     "as it is": [],
-    "2 vectors, 1 with residual or gamma": [vectors(2, 1)],
-    "8 vectors, 1 with residual or gamma": [vectors(8, 1)],
-    "4 vectors, 2 with residual or gamma": [vectors(4, 2)],
-    "4 vectors always": [vectors(4, 4)],
+    "2 vectors alone or with vectors of gamma": vectors(2, 1),
+    "8 vectors alone or with vectors of gamma": vectors(8, 1),
+    "2 vectors with a residual or entries of gamma": vectors(4, 2),
+    "4 vectors always": vectors(4, 4),
+    "1 vector always": vectors(1, 1),
     "128 threads": [Change(TILING, "kThreads = 256;", "kThreads = 128;")],
     "512 threads": [Change(TILING, "kThreads = 256;", "kThreads = 512;")],
     "add_kept: 8 blocks a multiprocessor": [blocks(ADD_KEPT, "\n    add_kept_kernel(", 8)],

@@ -173,7 +173,7 @@ MUTANTS = [
         "csrc/cuda/add_kept.cuh",
         "is_kept[i] = offset != kDropped;\n      if (is_kept[i]) {",
         "is_kept[i] = offset != kDropped;\n      if (true) {",
-        ("test_ops.py::test_gather",),
+        ("test_ops.py::test_scale_kept",),
         "address",
     ),
     Mutant(

@@ -10,6 +10,11 @@ namespace droppath_ext {
 namespace {
 
 // TR and TGamma are void where there is no residual and no gamma.
+// Vectors that a thread moves: alone or with vectors of gamma, and with a residual or single entries of gamma, which
+// give it enough to load. Measured on an H100 and an H200.
+constexpr int kVectorsAlone = 4;
+constexpr int kVectorsWithMore = 1;
+
 template <typename TO, typename TR, typename TX, typename TGamma>
 void add_kept(const at::Tensor& out, const std::optional<at::Tensor>& residual, const at::Tensor& x,
               const std::optional<at::Tensor>& gamma, const Sources& sources, double scale) {
@@ -33,8 +38,9 @@ void add_kept(const at::Tensor& out, const std::optional<at::Tensor>& residual, 
     dense_gamma = gamma->contiguous();
   }
   const SourceLookup lookup = source_lookup(sources, x.size(0));
-  const auto run = [&](auto width) {
+  const auto run = [&](auto width, auto vectors) {
     constexpr int kLaunchWidth = decltype(width)::value;
+    constexpr int kVectors = decltype(vectors)::value;
     Gamma<TGamma> operand{};
     ChannelLocation gamma_step{};
     if constexpr (kHasGamma) {
@@ -43,15 +49,26 @@ void add_kept(const at::Tensor& out, const std::optional<at::Tensor>& residual, 
         gamma_step = operand.channels.locate(kThreads * kLaunchWidth);
       }
     }
-    const Tiling tiling = Tiling::make(rows, kThreads * kUnroll<TR, TGamma>, kLaunchWidth);
-    launch(add_kept_kernel<TO, TR, TX, TGamma, kLaunchWidth>, tiling.tiles(rows), kThreads, out_data, residual_data,
-           x_data, lookup, operand, gamma_step, rows, x_rows.strides, residual_rows.strides, tiling,
+    const Tiling tiling = Tiling::make(rows, kThreads * kVectors, kLaunchWidth);
+    launch(add_kept_kernel<TO, TR, TX, TGamma, kLaunchWidth, kVectors>, tiling.tiles(rows), kThreads, out_data,
+           residual_data, x_data, lookup, operand, gamma_step, rows, x_rows.strides, residual_rows.strides, tiling,
            /*in_place=*/static_cast<const void*>(out_data) == residual_data, static_cast<Opmath<TO>>(scale));
   };
-  if (vectorizes) {
-    run(std::integral_constant<int, kWidth>());
+  using Scalar = std::integral_constant<int, 1>;
+  using Width = std::integral_constant<int, kWidth>;
+  using Alone = std::integral_constant<int, kVectorsAlone>;
+  using WithMore = std::integral_constant<int, kVectorsWithMore>;
+  if constexpr (kHasGamma) {
+    if (!vectorizes) {
+      run(Scalar(), WithMore());
+    } else if (gamma_operand<TGamma, kWidth>(dense_gamma, find_channels(out, *gamma)).is_aligned) {
+      run(Width(), Alone());
+    } else {
+      run(Width(), WithMore());
+    }
   } else {
-    run(std::integral_constant<int, 1>());
+    using Vectors = std::conditional_t<std::is_void_v<TR>, Alone, WithMore>;
+    vectorizes ? run(Width(), Vectors()) : run(Scalar(), Vectors());
   }
 }
 

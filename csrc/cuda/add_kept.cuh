@@ -8,17 +8,12 @@
 
 namespace droppath_ext {
 
-// Vectors that a thread moves. With a residual or gamma one is enough, for it is loaded with theirs; two were slower
-// where gamma lies along planes.
-template <typename TR, typename TGamma>
-constexpr int kUnroll = std::is_void_v<TR> && std::is_void_v<TGamma> ? 4 : 1;
-
 // A block takes one tile. For each of the tile's rows it asks once for the source and notes where the row is to be
-// read; then each thread moves kUnroll vectors. All that it reads, gamma too, is loaded before the first of it is used
+// read; then each thread moves kVectors vectors. All that it reads, gamma too, is loaded before the first of it is used
 // and before the first store, so that enough reads are in flight to cover the latency of memory. TR and TGamma are void
 // where there is no residual and no gamma; gamma_step leads from one vector of a thread to the next. If in_place, the
 // residual is out itself, and what is dropped stays as it is.
-template <typename TO, typename TR, typename TX, typename TGamma, int kWidth>
+template <typename TO, typename TR, typename TX, typename TGamma, int kWidth, int kVectors>
 __global__ void __launch_bounds__(kThreads)
     add_kept_kernel(TO* out, const TR* residual, const TX* __restrict__ x, SourceLookup sources, Gamma<TGamma> gamma,
                     ChannelLocation gamma_step, Rows rows, RowStrides strides, RowStrides residual_strides,
@@ -27,7 +22,6 @@ __global__ void __launch_bounds__(kThreads)
   constexpr bool kHasResidual = !std::is_void_v<TR>;
   constexpr bool kHasGamma = !std::is_void_v<TGamma>;
   constexpr bool kOnlyScales = !kHasResidual && !kHasGamma && std::is_same_v<TX, TO>;
-  constexpr int kVectors = kUnroll<TR, TGamma>;
   using Residual = std::conditional_t<kHasResidual, TR, TO>;
   using GammaOrX = std::conditional_t<kHasGamma, TGamma, TX>;
   __shared__ int64_t offsets[kThreads * kVectors];  // of each row in x, or kDropped
