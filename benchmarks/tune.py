@@ -106,7 +106,6 @@ VARIANTS: dict[str, list[Change]] = {
     "sum_parts: 1024 threads": [Change(GAMMA_GRAD, "kSumThreads = 512;", "kSumThreads = 1024;")],
     "sum_parts: 32 channels": [Change(GAMMA_GRAD, "kSumChannels = 8;", "kSumChannels = 32;")],
     "sum_parts: in order": [Change(GAMMA_GRAD_LAUNCHER, "launch<Start::kEarly>", "launch<Start::kInOrder>")],
-    "gamma: two entries for a vector, where one serves": [Change(LAUNCHER, "channels.inner % kWidth == 0", "false")],
     "plain store": [store("reinterpret_cast<Word*>(to)[i] = words[i];")],
     "streaming store": [store("__stcs(reinterpret_cast<Word*>(to) + i, words[i]);")],
     "store past L1": [store("__stcg(reinterpret_cast<Word*>(to) + i, words[i]);")],

@@ -59,7 +59,7 @@ template <typename T, int kWidth>
 Gamma<T> gamma_operand(const at::Tensor& gamma, const Channels& channels) {
   const auto* values = data_of<T>(gamma);
   const bool is_whole = channels.inner == 1 && channels.count % kWidth == 0 && is_aligned<kWidth>(values);
-  return {values, is_whole, channels.inner % kWidth == 0, channels};
+  return {values, is_whole, channels};
 }
 
 // For an input of so many samples.

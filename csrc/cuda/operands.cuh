@@ -60,13 +60,7 @@ struct GammaValues {
   __device__ void to_opmath(Opmath<T> (&to)[kWidth]) const {
     values.to_opmath(to);
     if constexpr (kWidth > 1) {
-      if (of_first == kWidth) {
-        const auto first = to[0];
-#pragma unroll
-        for (int i = 1; i < kWidth; ++i) {
-          to[i] = first;
-        }
-      } else if (of_first != 0) {
+      if (of_first != 0) {
         const auto first = to[0];
         const auto second = to[kWidth / Vector<T, kWidth>::kParts];
 #pragma unroll
@@ -83,7 +77,6 @@ template <typename T>
 struct Gamma {
   const T* values;  // [channels.count]
   bool is_aligned;  // every vector of x meets a whole vector of gamma
-  bool is_uniform;  // or one entry
   Channels channels;
 
   // Those for the elements from `location` on. No load is waited for here, but in the last branch: channels shorter
@@ -93,27 +86,24 @@ struct Gamma {
     if (is_aligned) {
       return {load_vector<T, kWidth>(values + location.channel), 0};
     }
+    const ChannelLocation next_channel{1, 0};
+    const ChannelLocation next_element{0, 1};
     GammaValues<T, kWidth> loaded{};
-    if (is_uniform) {
+    if constexpr (kWidth == 1) {
       loaded.values.set_part(0, values[location.channel]);
-      loaded.of_first = kWidth;
-    } else if constexpr (kWidth > 1) {
-      const ChannelLocation next_channel{1, 0};
-      if (channels.inner >= kWidth) {
-        const int64_t left = channels.inner - location.offset;
-        loaded.values.set_part(0, values[location.channel]);
-        loaded.values.set_part(1, values[channels.advance(location, next_channel).channel]);
-        loaded.of_first = static_cast<int>(left < kWidth ? left : kWidth);
-      } else {
-        const ChannelLocation next = channels.inner == 1 ? next_channel : ChannelLocation{0, 1};
-        T elements[kWidth];
+    } else if (channels.inner >= kWidth) {
+      const int64_t left = channels.inner - location.offset;
+      loaded.values.set_part(0, values[location.channel]);
+      loaded.values.set_part(1, values[channels.advance(location, next_channel).channel]);
+      loaded.of_first = static_cast<int>(left < kWidth ? left : kWidth);
+    } else {
+      T elements[kWidth];
 #pragma unroll
-        for (int i = 0; i < kWidth; ++i) {
-          elements[i] = values[location.channel];
-          location = channels.advance(location, next);
-        }
-        memcpy(&loaded.values, elements, sizeof(elements));
+      for (int i = 0; i < kWidth; ++i) {
+        elements[i] = values[location.channel];
+        location = channels.advance(location, channels.inner == 1 ? next_channel : next_element);
       }
+      memcpy(&loaded.values, elements, sizeof(elements));
     }
     return loaded;
   }
