@@ -375,6 +375,27 @@ def test_gather_has_derivatives(device, name, uses_x):
     assert torch.autograd.gradgradcheck(function, x)
 
 
+class _ZeroGradient(torch.autograd.Function):
+    """The identity, with a gradient that has no memory."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch._efficientzerotensor(grad.shape, dtype=grad.dtype, device=grad.device)
+
+
+def test_gather_adds_to_a_gradient_without_memory(device):
+    """Nothing can be added in its place."""
+    x = random_tensor((8, 3), device=device).requires_grad_()
+    index, inverse = index_and_inverse("ascending", device)
+    samples, alias = _C.gather(x, index, inverse)
+    (grad,) = torch.autograd.grad(samples.sum() + _ZeroGradient.apply(alias).sum(), x)
+    assert_same_bits(grad, (inverse >= 0).float()[:, None].expand(8, 3).contiguous())
+
+
 @pytest.mark.parametrize(
     ("name", "with_gamma", "requires_grad"), pairwise([*UNIQUE, None], BOTH, pairwise(BOTH, BOTH, BOTH))
 )
