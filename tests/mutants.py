@@ -289,7 +289,7 @@ MUTANTS = [
         "droppath_ext/reference.py",
         "return mask_dropped(x * scale, keep, 0.0)",
         "return x * scale * keep.view(-1, *[1] * (x.ndim - 1))",
-        ("test_composite.py::test_other_tensors_take_the_composite_path",),
+        ("test_composite.py::test_composite_drops_to_positive_zero",),
         "python",
     ),
     Mutant(
