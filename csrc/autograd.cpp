@@ -7,6 +7,7 @@
 #include <ATen/ops/index_select.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include "checks.h"
@@ -27,31 +28,38 @@ bool needs_graph(const std::optional<at::Tensor>& x) { return x && needs_graph(*
 bool is_dual(const at::Tensor& x) { return x._fw_grad(/*level=*/0).defined(); }
 bool is_dual(const std::optional<at::Tensor>& x) { return x && is_dual(*x); }
 
-// Whether a backward op is itself to be differentiated: under create_graph, or because a graph that the kernels built
-// meets a tangent only now (forward over reverse).
+// Whether an op of given sources is to be differentiated: called by itself, in a backward under create_graph, or in a
+// graph that the kernels built and that meets a tangent only now (forward over reverse).
 template <typename... Tensors>
 bool is_differentiated(const Tensors&... tensors) {
   return (... || (is_dual(tensors) || needs_graph(tensors)));
 }
 
-bool is_index(const at::Tensor& sources) { return sources.scalar_type() == at::kLong; }
 bool keeps_all(const at::Tensor& sources) { return !is_index(sources) && sources.sym_numel() == 0; }
 
-// In ATen: the samples that `sources` names, zeros where it names none.
-at::Tensor mask_dropped(const at::Tensor& x, const at::Tensor& keep) {
-  at::SymDimVector shape(x.dim(), 1);
-  shape[0] = keep.sym_size(0);
-  return at::where(keep.view_symint(shape), x, 0);
-}
-at::Tensor select_sources(const at::Tensor& x, const at::Tensor& sources) {
-  if (is_index(sources)) {
-    return mask_dropped(at::index_select(x, 0, sources.clamp_min(0)), sources.ge(0));
+// In ATen, for samples of an output: x, or `other` (a tensor or a number) where `sources` names no sample.
+template <typename Other>
+at::Tensor mask_sourceless(const at::Tensor& x, const at::Tensor& sources, const Other& other) {
+  if (keeps_all(sources)) {
+    return x;
   }
-  return keeps_all(sources) ? x : mask_dropped(x, sources);
+  const at::Tensor has_source = is_index(sources) ? sources.ge(0) : sources;
+  at::SymDimVector shape(x.dim(), 1);
+  shape[0] = has_source.sym_size(0);
+  return at::where(has_source.view_symint(shape), x, other);
 }
-// Another tensor, with zeros where it names none.
-at::Tensor mask_sourceless(const at::Tensor& x, const at::Tensor& sources) {
-  return is_index(sources) ? mask_dropped(x, sources.ge(0)) : select_sources(x, sources);
+
+// In ATen: the samples of x that `sources` names, zeros where it names none.
+at::Tensor select_sources(const at::Tensor& x, const at::Tensor& sources) {
+  if (!is_index(sources)) {
+    return mask_sourceless(x, sources, 0);
+  }
+  if (x.sym_size(0) == 0) {  // index_select has nothing to select from, not even for an entry that is masked
+    at::SymDimVector sizes(x.sym_sizes());
+    sizes[0] = sources.sym_size(0);
+    return at::zeros_symint(sizes, x.options());
+  }
+  return mask_sourceless(at::index_select(x, 0, sources.clamp_min(0)), sources, 0);
 }
 
 struct DropPathBackward final : SavingNode<DropPathBackward, 1> {
@@ -78,7 +86,7 @@ struct AddKeptBackward final : SavingNode<AddKeptBackward, 3> {
 
   Saved x;        // only for the gradient of gamma
   Saved gamma;    // for the gradient of x; that of gamma needs its shape and dtype, too
-  Saved sources;  // of the gradient of x: the keep mask, or the index that undoes the one of x
+  Saved sources;  // of the gradient of x: the keep mask, or the index that undoes the one of x; not of an addition
   double scale = 1;
   at::ScalarType dtype = at::kFloat;  // of x
   bool is_addition = false;           // and nothing else
@@ -101,10 +109,12 @@ struct AddKeptBackward final : SavingNode<AddKeptBackward, 3> {
     if (gamma_input && (needs_graph(x_input) || needs_graph(gamma_input))) {
       gamma = Saved(*gamma_input);
     }
-    sources = Saved(sources_input);
     scale = scale_input;
     dtype = x_input.scalar_type();
     is_addition = keeps_all(sources_input) && !gamma_input && scale == 1.0;
+    if (!is_addition) {
+      sources = Saved(sources_input);
+    }
   }
 
   variable_list differentiate(variable_list&& grads, const Needs& needs) {
@@ -161,7 +171,7 @@ struct GatherBackward final : SavingNode<GatherBackward, 1> {
     if (!grad_x.defined()) {
       return {gather(grad_samples, inverse.get(), index.get())};
     }
-    if (at::GradMode::is_enabled() || !is_ours_alone(grad_x)) {
+    if (at::GradMode::is_enabled() || !is_ours_alone(grad_x) || !is_plain(grad_samples)) {
       return {scatter_add(grad_samples, grad_x, std::nullopt, inverse.get(), index.get(), /*scale=*/1.0)};
     }
     add_kept_(grad_x, grad_samples, inverse.get());
@@ -169,11 +179,16 @@ struct GatherBackward final : SavingNode<GatherBackward, 1> {
   }
 
  private:
+  // Whether its memory holds its values: add_kept_ takes no turn through the dispatcher, which would see to that.
+  static bool is_plain(const at::Tensor& grad) {
+    return !at::isTensorSubclassLike(grad) && !grad.is_nested() && grad.layout() == at::kStrided &&
+           !grad._is_zerotensor() && !grad.is_neg() && grad.has_storage();
+  }
+
   // What the engine asks before it adds to a gradient in place.
   static bool is_ours_alone(const at::Tensor& grad) {
-    return !at::isTensorSubclassLike(grad) && !grad.is_nested() && grad.layout() == at::kStrided &&
-           !grad._is_zerotensor() && grad.is_non_overlapping_and_dense() && grad.use_count() == 1 &&
-           grad.has_storage() && grad.storage().use_count() == 1;
+    return is_plain(grad) && grad.is_non_overlapping_and_dense() && grad.use_count() == 1 &&
+           grad.storage().use_count() == 1;
   }
 };
 
@@ -247,9 +262,10 @@ at::Tensor add_kept_autograd(const at::Tensor& x, const at::Tensor& residual, co
   at::Tensor branch = select_sources(x.to(opmath), sources);
   if (gamma) {
     // Masked again behind gamma, which may be infinite.
-    branch = mask_sourceless(at::mul(branch, gamma->to(opmath)), sources);
+    branch = mask_sourceless(at::mul(branch, gamma->to(opmath)), sources, 0);
   }
-  return at::add(residual.to(opmath), branch, scale).to(dtype);
+  // Dropped samples are the residual bit for bit, a zero's sign included.
+  return mask_sourceless(at::add(residual.to(opmath), branch, scale).to(dtype), sources, residual.to(dtype));
 }
 
 std::tuple<at::Tensor, at::Tensor> add_kept_backward_autograd(const at::Tensor& grad,
@@ -268,10 +284,10 @@ std::tuple<at::Tensor, at::Tensor> add_kept_backward_autograd(const at::Tensor& 
   at::Tensor grad_x = at::empty({0}, options);
   at::Tensor grad_gamma = at::empty({0}, options);
   if (output_mask[0]) {
-    grad_x = (gamma ? mask_sourceless(at::mul(scaled, gamma->to(opmath)), sources) : scaled).to(dtype);
+    grad_x = (gamma ? mask_sourceless(at::mul(scaled, gamma->to(opmath)), sources, 0) : scaled).to(dtype);
   }
   if (output_mask[1]) {
-    const at::Tensor product = at::mul(scaled, mask_sourceless(x->to(opmath), sources));
+    const at::Tensor product = at::mul(scaled, mask_sourceless(x->to(opmath), sources, 0));
     grad_gamma = product.sum_to_size_symint(gamma->sym_sizes()).to(gamma->scalar_type());
   }
   return {std::move(grad_x), std::move(grad_gamma)};

@@ -1,4 +1,4 @@
-// What a device provides for the ops of ops.cpp, and its kernels for each other.
+// What a device provides for the ops of ops.cpp.
 #pragma once
 
 #include <ATen/core/Generator.h>
@@ -6,6 +6,8 @@
 
 #include <optional>
 #include <tuple>
+
+#include "layout.h"
 
 namespace droppath_ext {
 
@@ -18,7 +20,7 @@ struct Sources {
   double drop_prob = 0;
   std::optional<at::Generator> generator = std::nullopt;
 
-  bool is_index() const { return tensor.scalar_type() == at::kLong; }
+  bool is_index() const { return droppath_ext::is_index(tensor); }
   int64_t entries() const { return tensor.numel(); }
 };
 
@@ -36,8 +38,8 @@ struct Backend {
   void (*draw_fixed)(const at::Tensor& slots, const at::Tensor& kept, const std::optional<at::Generator>& generator);
 };
 
-// Every source file of a device enters its function when the library is loaded. One that is loaded later may enter
-// others.
+// Every source file of a device enters its function when the library is loaded. A library that is loaded later replaces
+// it: tests run the CUDA kernels' source on the host, and gpu-tune measures variants.
 Backend& backend_of(at::DeviceType device);
 
 }  // namespace droppath_ext

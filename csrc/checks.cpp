@@ -1,6 +1,7 @@
 #include "checks.h"
 
 #include <ATen/DimVector.h>
+#include <ATen/TensorSubclassLikeUtils.h>
 
 #include "layout.h"
 
@@ -45,6 +46,16 @@ void check_fused_mix(const at::Tensor& x, const at::Tensor& residual, const std:
                    " does");
 }
 
+// Only on the CPU: a GPU would have to be waited for, and its kernels read nothing that is not there.
+void check_entries(const at::Tensor& index, int64_t samples) {
+  const at::Tensor dense = index.contiguous();
+  const auto* data = dense.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < dense.numel(); ++i) {
+    TORCH_CHECK_INDEX(data[i] >= kDropped && data[i] < samples, "an index must be between -1 and ", samples - 1,
+                      ", but got ", data[i]);
+  }
+}
+
 }  // namespace
 
 void check_input(const at::Tensor& x, const char* name) {
@@ -78,6 +89,9 @@ void check_sources(const at::Tensor& sources, const at::Tensor& x) {
       is_mask ? c10::str("a keep mask must have one entry for each of ", samples, " samples, one in all, or none")
               : "an index must have one dimension",
       ", but got shape ", sources.sym_sizes());
+  if (!is_mask && sources.is_cpu() && !at::isTensorSubclassLike(sources)) {
+    check_entries(sources, x.size(0));
+  }
 }
 
 void check_add_inputs(const at::Tensor& x, const at::Tensor& residual, const std::optional<at::Tensor>& gamma) {

@@ -22,6 +22,7 @@ at::Tensor allocate(c10::SymIntArrayRef sizes, at::ScalarType dtype, const at::T
                     : at::empty_symint(sizes, x.options().dtype(dtype));
 }
 
+// at::empty_like of a narrowed x would do for fewer samples; there may be more.
 at::Tensor allocate_samples(const at::Tensor& x, c10::SymInt samples, at::ScalarType dtype) {
   at::SymDimVector sizes(x.sym_sizes());
   sizes[0] = std::move(samples);
@@ -45,8 +46,8 @@ at::Tensor allocate_samples(const at::Tensor& x, c10::SymInt samples, at::Scalar
   return at::empty_strided_symint(sizes, strides, x.options().dtype(dtype));
 }
 
-at::Tensor dense_like(const at::Tensor& grad) {
-  return grad.is_non_overlapping_and_dense() ? grad : at::empty_like(grad).copy_(grad);
+at::Tensor dense_layout_of(const at::Tensor& x) {
+  return x.is_non_overlapping_and_dense() ? x : allocate_like(x, x.scalar_type());
 }
 
 Rows find_rows(const at::Tensor& out, int64_t entries) {
@@ -83,8 +84,7 @@ std::optional<RowStrides> find_row_strides(const at::Tensor& x, const at::Tensor
     if (x.size(dim) == 1 || is_sample(dim)) {
       continue;
     }
-    const int64_t expected =
-        is_inner(dim) ? out.stride(dim) : strides.outer * (out.stride(dim) / (rows.outer_stride()));
+    const int64_t expected = is_inner(dim) ? out.stride(dim) : strides.outer * (out.stride(dim) / rows.outer_stride());
     if (x.stride(dim) != expected) {
       return std::nullopt;
     }

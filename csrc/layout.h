@@ -16,8 +16,11 @@ at::Tensor allocate(c10::SymIntArrayRef sizes, at::ScalarType dtype, const at::T
 // Of `samples` samples of x, dense, its dimensions nested in memory as those of x are.
 at::Tensor allocate_samples(const at::Tensor& x, c10::SymInt samples, at::ScalarType dtype);
 
-// grad itself, or a dense copy in the layout that at::empty_like gives.
-at::Tensor dense_like(const at::Tensor& grad);
+// A dense tensor in the layout that at::empty_like gives: x itself if it is dense, else one without values.
+at::Tensor dense_layout_of(const at::Tensor& x);
+
+// Whether `sources`, see backend.h, is an index; otherwise it is a keep mask.
+inline bool is_index(const at::Tensor& sources) { return sources.scalar_type() == at::kLong; }
 
 // Splits dense `out` into rows; with one entry or none the whole tensor is one row.
 Rows find_rows(const at::Tensor& out, int64_t entries);

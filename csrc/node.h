@@ -57,7 +57,7 @@ void set_outputs(const Pointer& node, const Tensors&... outputs) {
   announce(node, 0);
 }
 
-// A tensor that a node saves; none is one, too.
+// A tensor that a node saves, or none.
 class Saved {
  public:
   Saved() = default;

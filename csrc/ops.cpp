@@ -17,8 +17,6 @@ double keep_scale(double drop_prob, bool scale_by_keep) {
 // The ops: check, allocate, call the backend. A meta tensor has none.
 namespace {
 
-bool is_index(const at::Tensor& sources) { return sources.scalar_type() == at::kLong; }
-
 void run_add_kept(const at::Tensor& out, const std::optional<at::Tensor>& residual, const at::Tensor& x,
                   const std::optional<at::Tensor>& gamma, const Sources& sources, double scale) {
   if (!out.is_meta()) {
@@ -104,7 +102,7 @@ std::tuple<at::Tensor, at::Tensor> add_kept_backward_op(const at::Tensor& given_
   }
   const Sources dense_sources{sources.contiguous()};
   if (needs_gamma && x->numel() != 0) {
-    const at::Tensor layout = needs_x ? grad_x : dense_like(is_index(sources) ? *x : grad);
+    const at::Tensor layout = needs_x ? grad_x : dense_layout_of(is_index(sources) ? *x : grad);
     backend_of(grad.device().type()).gamma_grad(layout, needs_x, grad_gamma, grad, *x, *gamma, dense_sources, scale);
     return {std::move(grad_x), std::move(grad_gamma)};
   }
@@ -140,7 +138,7 @@ Backend& backend_of(at::DeviceType device) {
 }
 
 void add_kept_(const at::Tensor& residual, const at::Tensor& x, const at::Tensor& slots) {
-  RECORD_FUNCTION("droppath_ext::add_kept_", std::vector<c10::IValue>());  // profilers see ops, which this is none of
+  RECORD_FUNCTION("droppath_ext::add_kept_", std::vector<c10::IValue>());  // for profilers, which see only ops
   run_add_kept(residual, residual, x, std::nullopt, {slots.contiguous()}, /*scale=*/1.0);
 }
 

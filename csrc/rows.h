@@ -37,6 +37,10 @@ struct Rows {
     return {row - outer * samples, outer};
   }
 
+  C10_HOST_DEVICE int64_t row_at(const RowLocation& location) const {
+    return location.outer * samples + location.sample;
+  }
+  int64_t rows_of_sample() const { return count / samples; }
   // From a row to the next one of its sample, in elements of the output.
   int64_t outer_stride() const { return length * samples; }
 

@@ -17,16 +17,16 @@ TORCH_LIBRARY(droppath_ext, m) {
   m.def("draw_fixed(Tensor x, SymInt count, Generator? generator=None) -> (Tensor slots, Tensor kept)",
         {at::Tag::nondeterministic_seeded});
 
-  // What these and their backwards are made of. `sources` says which sample of the input each sample of the output is
-  // made from: a keep mask, bool, the same one or none, where no entries keep every sample and one serves them all; or
-  // an index, int64, with an entry for each sample of the output, -1 for none.
+  // The passes of which the others and their gradients consist. `sources` names a sample of the input for each sample
+  // of the output: by a keep mask, bool, which names the same one or none (no entries keep every sample, one entry
+  // serves them all); or by an index, int64, with an entry for each sample of the output, -1 for none.
 
-  // out[b] = x[source] * scale, zeros where there is none.
+  // out[b] = x[source] * scale; zeros where there is no source.
   m.def("scale_kept(Tensor x, Tensor sources, float scale) -> Tensor");
-  // out[b] = residual[b] + gamma * x[source] * scale, residual[b] where there is none.
+  // out[b] = residual[b] + gamma * x[source] * scale; residual[b] where there is no source.
   m.def("add_kept(Tensor x, Tensor residual, Tensor? gamma, Tensor sources, float scale) -> Tensor");
-  // For each sample of x the one of grad that it went into. x is read for the gradient of gamma alone; dtype is that of
-  // x. What output_mask does not ask for comes back empty.
+  // The gradients of x and gamma. `sources` names for each sample of x the sample of grad that it went into. x is read
+  // for the gradient of gamma alone; dtype is that of x. What output_mask does not ask for comes back empty.
   m.def(
       "add_kept_backward(Tensor grad, Tensor? x, Tensor? gamma, Tensor sources, float scale, ScalarType dtype,"
       " bool[2] output_mask) -> (Tensor grad_x, Tensor grad_gamma)");

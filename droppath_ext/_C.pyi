@@ -23,6 +23,8 @@ def gather(x: Tensor, index: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor] |
 def scatter_add(
     y: Tensor, residual: Tensor, gamma: Tensor | None, slots: Tensor | None, kept: Tensor | None, scale: float
 ) -> Tensor | None: ...
+
+# For tests: it checks nothing.
 def add_kept_(residual: Tensor, x: Tensor, slots: Tensor) -> None: ...
 def draw_bernoulli(
     size: int, drop_prob: float, device: Device, generator: Generator | None = None

@@ -46,7 +46,7 @@ def _release(version: str) -> str:
 
 
 def _find() -> Path:
-    """The extension beside this file, or that of an installed copy which is of the same sources."""
+    """The extension beside this file, or that of an installed copy of the same Python files."""
     binary = _binary_in(HERE) or _installed_binary()
     if binary is None:
         raise ImportError(
@@ -54,7 +54,7 @@ def _find() -> Path:
         )
     if not _same_sources(binary.parent):
         raise ImportError(
-            f"{HERE} shadows the droppath_ext installed in {binary.parent}, but is of other sources and has no native "
+            f"{HERE} shadows the droppath_ext installed in {binary.parent}, but has other Python files and no native "
             f"extension. Leave the folder above it to use what is installed. To install it anew: {REBUILD}"
         )
     return binary

@@ -110,7 +110,7 @@ def drop_path_add(
     """The end of a residual block, ``residual + drop_path(gamma * x)``, in one pass over memory.
 
     LayerScale, mask, scale and addition in one kernel: a dropped sample of the result is the residual, bit for bit, and
-    x is not read there. The backward is one pass, too, and deterministic; the gradient of ``residual`` is the incoming
+    x is not read there. The backward is one pass, too; the gradient of ``residual`` is the incoming
     gradient itself. Everything is computed in float32 (float64 if the result is float64) and rounded once. Where
     nothing can be dropped (``drop_prob=0`` or not ``training``) the result is ``residual + gamma * x``.
 
@@ -174,7 +174,7 @@ def stochastic_depth(
 
     The branch runs on the kept samples alone, gathered in one pass; one pass puts them back: LayerScale, scale and
     addition in one kernel, in float32 (float64 if the result is float64), rounded once. A dropped sample of the result
-    is that of x, bit for bit. Both backward passes are as short, and deterministic.
+    is that of x, bit for bit. Both backward passes are as short.
 
     The result has the distribution of ``drop_path`` for a branch that treats every sample by itself, as attention,
     LayerNorm and MLPs do. It has not where samples meet in the branch: BatchNorm takes its statistics of the kept
@@ -264,9 +264,9 @@ def _versions(*tensors: Tensor) -> list[int]:
 def _gather(x: Tensor, samples: Samples) -> tuple[Tensor, Tensor]:
     """The taken samples of x, and x: to be used in place of x where the gradients of both shall meet in one pass."""
     if x.dtype not in DTYPES:
-        return x.index_select(0, samples.sources), x
-    pair = None if is_compiling() else _C.gather(x, samples.sources, samples.slots)
-    return (reference.gather(x, samples.sources, samples.slots), x) if pair is None else pair
+        return x.index_select(0, samples.index), x
+    pair = None if is_compiling() else _C.gather(x, samples.index, samples.slots)
+    return (reference.gather(x, samples.index, samples.slots), x) if pair is None else pair
 
 
 def _scatter_add(y: Tensor, residual: Tensor, gamma: Tensor | None, samples: Samples | None, scale: float) -> Tensor:

@@ -15,7 +15,9 @@ from .version import __version__
 
 def versions() -> dict[str, str]:
     """What runs here and what the extension was built with, by name."""
-    shadowed = "" if BINARY.parent == HERE else ", of an installed copy of the same sources that this folder shadows"
+    shadowed = (
+        "" if BINARY.parent == HERE else ", of an installed copy of the same Python files that this folder shadows"
+    )
     return {
         "droppath_ext": __version__,
         "imported from": str(HERE),

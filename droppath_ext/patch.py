@@ -18,6 +18,7 @@ def _drop_path_scripted_as(timms_own: Callable[..., Any]) -> Callable[..., Any]:
     ours.__kwdefaults__ = drop_path.__kwdefaults__
     ours.__annotations__ = drop_path.__annotations__
     ours.__doc__ = drop_path.__doc__
+    ours.__module__ = timms_own.__module__  # where pickle finds it
     return scripts_as(lambda: timms_own)(ours)
 
 

@@ -56,10 +56,14 @@ def _check_scripted(drop_prob: float, mode: str) -> None:
         raise ValueError(f'mode must be "row" or "batch", but got {mode}')
 
 
-def _check_scripted_input(x: Tensor, name: str) -> None:
+def _check_scripted_dtype(x: Tensor, name: str) -> None:
     # A dtype is a number in TorchScript: its name cannot be told.
     if x.dtype not in [torch.float16, torch.bfloat16, torch.float32, torch.float64]:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64")
+
+
+def _check_scripted_input(x: Tensor, name: str) -> None:
+    _check_scripted_dtype(x, name)
     if x.ndim == 0:
         raise ValueError(f"{name} must have at least one dimension, the samples, but got a 0-dim tensor")
 
@@ -98,7 +102,7 @@ def scripted_drop_path_add(
     if residual.shape != x.shape:
         raise ValueError(f"residual must have the shape of x, {x.shape}, but got {residual.shape}: expand it first")
     if gamma is not None:
-        _check_scripted_input(gamma, "gamma")
+        _check_scripted_dtype(gamma, "gamma")
         check_gamma_shape(gamma, x)
     if not training:
         drop_prob = 0.0

@@ -77,7 +77,7 @@ MUTANTS = [
     ),
     Mutant(
         "cuda_offset_of_32_bits",
-        "places in the output are counted in 32 bits",
+        "positions in the output are counted in 32 bits",
         "csrc/cuda/add_kept.cuh",
         "const int64_t first_position",
         "const int first_position",

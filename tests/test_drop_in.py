@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import pickle
 
 import pytest
 import torch
@@ -429,3 +430,10 @@ def test_add_modes_are_torchvisions_given_our_mask(device, monkeypatch, mode, dr
             _replay(m, [keep])
             expected = residual + ops.stochastic_depth(layer_scale * x, drop_prob, mode, training=True)
         torch.testing.assert_close(actual, expected, **TOLERANCES[torch.float32])
+
+
+@needs_timm
+def test_the_patched_function_can_be_pickled():
+    """By its name in timm."""
+    with patch_timm():
+        assert pickle.loads(pickle.dumps(timm_drop.drop_path)) is timm_drop.drop_path

@@ -133,7 +133,7 @@ def test_checkout_uses_the_installed_extension(checkout):
     package, binary = (checkout.parent / place / "droppath_ext" for place in ("checkout", "site"))
     assert f"{'imported from':32} {package}" in result.stdout
     assert (
-        f"{binary / Path(_C.__file__).name}, of an installed copy of the same sources that this folder shadows"
+        f"{binary / Path(_C.__file__).name}, of an installed copy of the same Python files that this folder shadows"
         in result.stdout
     )
 

@@ -318,6 +318,37 @@ def test_opcheck_of_given_sources(device, layout, dtypes, name, requires_grad):
     torch.library.opcheck(OPS.add_kept_backward.default, args, test_utils=ALL_CHECKS)
 
 
+@pytest.mark.parametrize("name", SOURCES)
+def test_values_do_not_depend_on_whether_a_gradient_is_asked_for(device, name):
+    """Signs of zeros included, and where there are no samples to take."""
+    x, residual, _, sources = add_case("contiguous", (torch.float32, torch.float32, None), device, name)
+    residual[:, 0] = -0.0
+    x[:, 0] = 0.0
+
+    def values(requires_grad):
+        (t, r) = requiring(requires_grad, x, residual)
+        return OPS.scale_kept(t, sources, 2.0), OPS.add_kept(t, r, None, sources, 2.0)
+
+    for with_graph, plain in zip(values(True), values(False), strict=True):
+        assert_same_bits(with_graph.detach(), plain)
+    nothing = torch.full((3,), -1, device=device)
+    for requires_grad in BOTH:
+        none = torch.empty(0, 4, device=device, requires_grad=requires_grad)
+        assert_positive_zero(OPS.scale_kept(none, nothing, 2.0))
+
+
+@pytest.mark.parametrize("name", ["mask", "shuffled"])
+def test_gamma_gradient_alone_copies_what_it_must(device, name):
+    """A gradient that is expanded, as that of a sum, is made dense once."""
+    grad = torch.ones(1, 1, 1, device=device).expand(8, 16, 64)
+    _, x, gamma, sources = add_case("vectors", (torch.float32,) * 3, device, name)
+    x = random_tensor((len(index_of(sources)), 16, 64), device=device)
+    gamma = random_tensor((64,), device=device)
+    with torch.profiler.profile() as profile:
+        OPS.add_kept_backward(grad, x, gamma, sources, 2.0, torch.float32, (False, True))
+    assert [event.name for event in profile.events()].count("aten::copy_") <= 1
+
+
 # --- what stochastic_depth calls: no ops, for they trust that one index undoes the other ---
 
 
@@ -375,25 +406,63 @@ def test_gather_has_derivatives(device, name, uses_x):
     assert torch.autograd.gradgradcheck(function, x)
 
 
-class _ZeroGradient(torch.autograd.Function):
-    """The identity, with a gradient that has no memory."""
+class _WithGradient(torch.autograd.Function):
+    """The identity, whose gradient goes through a function."""
 
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx, x, function):
+        ctx.function = function
         return x.clone()
 
     @staticmethod
     def backward(ctx, grad):
-        return torch._efficientzerotensor(grad.shape, dtype=grad.dtype, device=grad.device)
+        return ctx.function(grad), None
 
 
-def test_gather_adds_to_a_gradient_without_memory(device):
-    """Nothing can be added in its place."""
-    x = random_tensor((8, 3), device=device).requires_grad_()
+# Gradients whose memory is not there, or holds other values than they have.
+ODD_GRADIENTS = {
+    "without_memory": lambda grad: torch._efficientzerotensor(grad.shape, dtype=grad.dtype, device=grad.device),
+    "negative_view": lambda grad: torch._neg_view(-2 * grad),
+    "expanded": lambda grad: grad[:1, :1].expand(grad.shape),
+}
+
+
+@pytest.mark.parametrize("name", ODD_GRADIENTS)
+@pytest.mark.parametrize("where", ["samples", "alias", "both"])
+@pytest.mark.parametrize("shape", [(8, 3), (8, 1)])
+def test_gather_adds_odd_gradients(device, name, where, shape):
+    """Where both gradients meet, nothing is read or written behind the dispatcher's back."""
+    odd = ODD_GRADIENTS[name]
+    index, inverse = index_and_inverse("ascending", device)
+
+    def gradient(samples_of, alias_of, x):
+        total = (samples_of(x) * 3).sum() + (alias_of(x) * 5).sum()
+        return torch.autograd.grad(total, x)[0]
+
+    x = random_tensor(shape, torch.float64, device).requires_grad_()
+    samples, alias = _C.gather(x, index, inverse)
+
+    def apply(tensor, is_odd):
+        return _WithGradient.apply(tensor, odd) if is_odd else tensor
+
+    actual = gradient(lambda _: apply(samples, where != "alias"), lambda _: apply(alias, where != "samples"), x)
+    expected = gradient(lambda x: apply(x[index], where != "alias"), lambda x: apply(x, where != "samples"), x)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_gather_of_batched_gradients(device):
+    """vmap batches the gradient of one output, and not that of the other."""
+    x = random_tensor((8, 3), torch.float64, device).requires_grad_()
     index, inverse = index_and_inverse("ascending", device)
     samples, alias = _C.gather(x, index, inverse)
-    (grad,) = torch.autograd.grad(samples.sum() + _ZeroGradient.apply(alias).sum(), x)
-    assert_same_bits(grad, (inverse >= 0).float()[:, None].expand(8, 3).contiguous())
+    outputs = [samples.sin(), alias.cos().sum()]
+    batch = random_tensor((2, len(index), 3), torch.float64, device, seed=1)
+    one = torch.ones((), dtype=torch.float64, device=device)
+
+    def gradient(grad):
+        return torch.autograd.grad(outputs, x, [grad, one], retain_graph=True)[0]
+
+    torch.testing.assert_close(torch.vmap(gradient)(batch), torch.stack([gradient(grad) for grad in batch]))
 
 
 @pytest.mark.parametrize(
@@ -536,11 +605,12 @@ def test_wrong_operands(on):
             OPS.scale_kept(value, calls[0][1]["sources"], 2.0)
 
 
-def test_indices_that_point_nowhere_are_refused_on_the_host():
+@pytest.mark.parametrize("requires_grad", BOTH)
+def test_indices_that_point_nowhere_are_refused_on_the_host(requires_grad):
     """The CPU can look; a GPU could not without waiting for itself."""
     for wrong in (8, 100, -2, 2**40):
         with pytest.raises(IndexError, match=f"an index must be between -1 and 7, but got {wrong}"):
-            OPS.scale_kept(torch.ones(8, 3), torch.tensor([0, wrong, 4, 7]), 2.0)
+            OPS.scale_kept(torch.ones(8, 3, requires_grad=requires_grad), torch.tensor([0, wrong, 4, 7]), 2.0)
 
 
 def test_draw_fixed_of_a_wrong_count(on):

@@ -277,3 +277,10 @@ def test_script_of_skipping_refuses():
     for scripted in (StochasticDepth(nn.Linear(3, 3), 0.5), stochastic_depth, Model()):
         with pytest.raises(TypeError, match="torch.jit.script cannot compile stochastic_depth, whose branch is"):
             torch.jit.script(scripted)
+
+
+def test_script_names_what_is_wrong_with_gamma():
+    """As eager mode does; a gamma without dimensions has no samples to miss."""
+    scripted = torch.jit.script(drop_path_add)
+    with pytest.raises(Exception, match="gamma must broadcast along one dim of a sample"):
+        scripted(torch.ones(4, 3), torch.ones(4, 3), 0.5, True, gamma=torch.tensor(1.0))

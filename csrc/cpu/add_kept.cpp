@@ -26,7 +26,7 @@ void add_kept(const at::Tensor& out, const std::optional<at::Tensor>& residual, 
     joins = joins && residual_rows.strides.sample == rows.length;
   }
   const Addition<TO, TR, TX> addition{rows,
-                                      SourceLookup(sources),
+                                      SourceReader(sources),
                                       joins,
                                       out.mutable_data_ptr<TO>(),
                                       residual_operand,
@@ -41,7 +41,7 @@ void add_kept(const at::Tensor& out, const std::optional<at::Tensor>& residual, 
 
 void add_kept_cpu(const at::Tensor& out, const std::optional<at::Tensor>& residual, const at::Tensor& x,
                   const std::optional<at::Tensor>& gamma, const Sources& sources, double scale) {
-  prepare(sources, x.size(0));
+  draw(sources);
   if (out.numel() == 0) {
     return;
   }

@@ -23,15 +23,9 @@ const bool draw_fixed_is_entered = (backend_of(at::kCPU).draw_fixed = &draw_fixe
 
 }  // namespace
 
-void prepare(const Sources& sources, int64_t samples) {
+void draw(const Sources& sources) {
   if (sources.is_drawn) {
     draw_keep_mask(sources.tensor, draw_seed(sources.generator), /*offset=*/0, sources.drop_prob);
-  } else if (sources.is_index()) {
-    const auto* data = sources.tensor.const_data_ptr<int64_t>();
-    for (int64_t i = 0; i < sources.tensor.numel(); ++i) {
-      TORCH_CHECK_INDEX(data[i] >= kDropped && data[i] < samples, "an index must be between -1 and ", samples - 1,
-                        ", but got ", data[i]);
-    }
   }
 }
 

@@ -18,7 +18,7 @@ void gamma_grad(const at::Tensor& grad_x, bool writes_grad_x, const at::Tensor& 
   const Input grad_rows = with_rows(grad, grad_x, rows, sources.is_index());
   const Backward<TG, TX> backward{
       rows,
-      SourceLookup(sources),
+      SourceReader(sources),
       /*joins=*/x_rows.strides.sample == rows.length && grad_rows.strides.sample == rows.length,
       writes_grad_x ? grad_x.mutable_data_ptr<TX>() : nullptr,
       {grad_rows.tensor.const_data_ptr<TG>(), grad_rows.strides},
@@ -47,7 +47,6 @@ void gamma_grad(const at::Tensor& grad_x, bool writes_grad_x, const at::Tensor& 
 
 void gamma_grad_cpu(const at::Tensor& grad_x, bool writes_grad_x, const at::Tensor& grad_gamma, const at::Tensor& grad,
                     const at::Tensor& x, const at::Tensor& gamma, const Sources& sources, double scale) {
-  prepare(sources, grad.size(0));
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "gamma_grad", [&] {
     const auto run = [&](auto kernel) { kernel(grad_x, writes_grad_x, grad_gamma, grad, x, gamma, sources, scale); };
     if (grad.scalar_type() == x.scalar_type()) {

@@ -9,8 +9,8 @@
 
 namespace droppath_ext {
 
-// Draws the mask, or asks that no entry of the index leads outside of the samples of the input.
-void prepare(const Sources& sources, int64_t samples);
+// Draws the keep mask if that is still to be done.
+void draw(const Sources& sources);
 
 // Outputs of 8 MiB and more are streamed, past the caches: they leave the last-level cache before anybody reads them.
 // Measured on 2 Zen 4 cores with a reader behind: 1.2 times as fast from here on, slower below.

@@ -1,4 +1,4 @@
-// How the rows of a tensor are walked, and shared out among threads.
+// How the rows of a tensor are shared out among threads.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -16,9 +16,9 @@ namespace droppath_ext {
 constexpr int64_t kGrainSize = at::internal::GRAIN_SIZE;
 
 // For each sample of an output, the sample of the input that it is made from, or kDropped.
-class SourceLookup {
+class SourceReader {
  public:
-  explicit SourceLookup(const Sources& sources) {
+  explicit SourceReader(const Sources& sources) {
     if (sources.is_index()) {
       index_ = sources.tensor.const_data_ptr<int64_t>();
     } else if (sources.entries() != 0) {
@@ -88,14 +88,14 @@ struct RowCost {
 };
 
 // The cost of one row of each of these samples.
-inline int64_t cost_of_samples(int64_t begin, int64_t end, const Rows& rows, const SourceLookup& sources,
+inline int64_t cost_of_samples(int64_t begin, int64_t end, const Rows& rows, const SourceReader& sources,
                                RowCost cost) {
   const int64_t kept = sources.count_kept(begin, end);
   return rows.length * (kept * cost.kept + (end - begin - kept) * cost.dropped);
 }
 
 // The position where `work` units of cost are done, at the begin of a row or whole cache lines into it.
-inline int64_t position_after(int64_t work, int64_t samples_cost, const Rows& rows, const SourceLookup& sources,
+inline int64_t position_after(int64_t work, int64_t samples_cost, const Rows& rows, const SourceReader& sources,
                               RowCost cost) {
   constexpr int64_t kColumns = 64;
   const int64_t outer = work / samples_cost;
@@ -110,12 +110,12 @@ inline int64_t position_after(int64_t work, int64_t samples_cost, const Rows& ro
       }
     }
   }
-  const int64_t row = outer * rows.samples + sample;
-  if (work == 0) {
-    return row * rows.length;
+  const int64_t row_begin = rows.row_at({sample, outer}) * rows.length;
+  if (work == 0) {  // samples that cost nothing may have been passed behind the last row
+    return std::min(row_begin, rows.count * rows.length);
   }
   const int64_t column = work / (sources(sample) == kDropped ? cost.dropped : cost.kept);
-  return row * rows.length + column / kColumns * kColumns;
+  return row_begin + column / kColumns * kColumns;
 }
 
 // Threads that parallel_rows takes at most.
@@ -124,18 +124,17 @@ inline int row_threads(const Rows& rows) { return rows.count * rows.length <= kG
 // Calls body(Range, thread) in parallel, for ranges that together make up all the rows, which are not empty. `sources`
 // knows each sample. Which thread gets what depends on nothing but the arguments and the number of threads.
 template <typename F>
-void parallel_rows(const Rows& rows, const SourceLookup& sources, RowCost cost, const F& body) {
+void parallel_rows(const Rows& rows, const SourceReader& sources, RowCost cost, const F& body) {
   if (row_threads(rows) == 1) {
     body(Range{0, rows.count * rows.length}, 0);
     return;
   }
   const int64_t samples_cost = cost_of_samples(0, rows.samples, rows, sources, cost);
-  at::parallel_for(0, rows.count / rows.samples * samples_cost, kGrainSize * cost.kept,
-                   [&](int64_t begin, int64_t end) {
-                     body(Range{position_after(begin, samples_cost, rows, sources, cost),
-                                position_after(end, samples_cost, rows, sources, cost)},
-                          at::get_thread_num());
-                   });
+  at::parallel_for(0, rows.rows_of_sample() * samples_cost, kGrainSize * cost.kept, [&](int64_t begin, int64_t end) {
+    body(Range{position_after(begin, samples_cost, rows, sources, cost),
+               position_after(end, samples_cost, rows, sources, cost)},
+         at::get_thread_num());
+  });
 }
 
 }  // namespace droppath_ext

@@ -87,9 +87,9 @@ int choose_level() {
 }
 
 template <typename Function>
-Function choose(Function v4, Function v3, Function baseline) {
+Function choose(Function v4, Function v3, Function v1) {
   static const int level = choose_level();
-  return level == 4 ? v4 : level == 3 ? v3 : baseline;
+  return level == 4 ? v4 : level == 3 ? v3 : v1;
 }
 #define DROPPATH_CHOOSE(...) choose(&x86_64_v4::__VA_ARGS__, &x86_64_v3::__VA_ARGS__, &baseline::__VA_ARGS__)
 #else

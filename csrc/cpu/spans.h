@@ -108,7 +108,7 @@ struct Operand {
 template <typename TO, typename TR, typename TX>
 struct Addition {
   Rows rows;
-  SourceLookup sources;
+  SourceReader sources;
   bool joins;  // see for_runs
   TO* out;
   Operand<TR> residual;
@@ -124,7 +124,7 @@ struct Addition {
 template <typename TG, typename TX>
 struct Backward {
   Rows rows;
-  SourceLookup sources;
+  SourceReader sources;
   bool joins;
   TX* grad_x;
   Operand<TG> grad;

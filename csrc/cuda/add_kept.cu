@@ -9,12 +9,12 @@
 namespace droppath_ext {
 namespace {
 
-// TR and TGamma are void where there is no residual and no gamma.
 // Vectors that a thread moves: alone or with vectors of gamma, and with a residual or single entries of gamma, which
 // give it enough to load. Measured on an H100 and an H200.
 constexpr int kVectorsAlone = 4;
 constexpr int kVectorsWithMore = 1;
 
+// TR and TGamma are void where there is no residual and no gamma.
 template <typename TO, typename TR, typename TX, typename TGamma>
 void add_kept(const at::Tensor& out, const std::optional<at::Tensor>& residual, const at::Tensor& x,
               const std::optional<at::Tensor>& gamma, const Sources& sources, double scale) {
@@ -38,13 +38,11 @@ void add_kept(const at::Tensor& out, const std::optional<at::Tensor>& residual, 
     dense_gamma = gamma->contiguous();
   }
   const SourceLookup lookup = source_lookup(sources, x.size(0));
-  const auto run = [&](auto width, auto vectors) {
+  const auto run = [&](auto width, auto vectors, const Gamma<TGamma>& operand) {
     constexpr int kLaunchWidth = decltype(width)::value;
     constexpr int kVectors = decltype(vectors)::value;
-    Gamma<TGamma> operand{};
     ChannelLocation gamma_step{};
     if constexpr (kHasGamma) {
-      operand = gamma_operand<TGamma, kLaunchWidth>(dense_gamma, find_channels(out, *gamma));
       if (out.numel() != 0) {
         gamma_step = operand.channels.locate(kThreads * kLaunchWidth);
       }
@@ -59,16 +57,18 @@ void add_kept(const at::Tensor& out, const std::optional<at::Tensor>& residual, 
   using Alone = std::integral_constant<int, kVectorsAlone>;
   using WithMore = std::integral_constant<int, kVectorsWithMore>;
   if constexpr (kHasGamma) {
+    const Channels channels = find_channels(out, *gamma);
+    const auto operand = gamma_operand<TGamma, kWidth>(dense_gamma, channels);
     if (!vectorizes) {
-      run(Scalar(), WithMore());
-    } else if (gamma_operand<TGamma, kWidth>(dense_gamma, find_channels(out, *gamma)).is_aligned) {
-      run(Width(), Alone());
+      run(Scalar(), WithMore(), gamma_operand<TGamma, 1>(dense_gamma, channels));
+    } else if (operand.is_aligned) {
+      run(Width(), Alone(), operand);
     } else {
-      run(Width(), WithMore());
+      run(Width(), WithMore(), operand);
     }
   } else {
     using Vectors = std::conditional_t<std::is_void_v<TR>, Alone, WithMore>;
-    vectorizes ? run(Width(), Vectors()) : run(Scalar(), Vectors());
+    vectorizes ? run(Width(), Vectors(), {}) : run(Scalar(), Vectors(), {});
   }
 }
 

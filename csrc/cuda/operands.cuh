@@ -20,8 +20,8 @@ struct SourceLookup {
   enum Kind { kAllKept, kDrawnMask, kSavedMask, kIndex };
 
   Kind kind;
-  bool* keep;            // [samples]; written if drawn, read if saved
-  const int64_t* index;  // [samples]
+  bool* keep;            // an entry for each sample of the output; written if drawn, read if saved
+  const int64_t* index;  // the same
   int64_t limit;         // samples of the input
   at::PhiloxCudaState philox;
   uint64_t threshold;

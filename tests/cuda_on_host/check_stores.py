@@ -82,10 +82,8 @@ def test_gather_and_scatter_add(data):
     assert runs == memory_of(x, slots >= 0)
 
 
-def test_rows_that_an_index_does_not_find_are_zeros():
-    x = torch.ones(8, 100)
-    index = torch.tensor([7, 8, -1, -2, 2**40, -(2**40)])
-    with recorded() as runs:
-        out = OPS.scale_kept(x, index, 1.0)
-    assert runs == memory_of(out)
-    assert out.sum(1).tolist() == [100, 0, 0, 0, 0, 0]
+def test_an_index_that_points_nowhere_reads_nothing():
+    """On a GPU nobody can refuse it in time."""
+    residual, x = torch.zeros(6, 100), torch.ones(8, 100)
+    _C.add_kept_(residual, x, torch.tensor([7, 8, -1, -2, 2**40, -(2**40)]))
+    assert residual.sum(1).tolist() == [100, 0, 0, 0, 0, 0]

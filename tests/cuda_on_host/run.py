@@ -71,13 +71,9 @@ def environment(build: str, tree: Path = ROOT) -> dict[str, str]:
     }
 
 
-# It needs what a GPU cannot give: an answer before the kernel has run.
-NOT_ON_CUDA = "tests/test_ops.py::test_indices_that_point_nowhere_are_refused_on_the_host"
-
-
 def pytest_command(*arguments: str) -> list[str]:
     """Only Python's output is captured: that of a process which ends by itself would be lost."""
-    options = ["-p", "cuda_on_host.plugin", "-p", "no:cacheprovider", "--capture=sys", "-q", "--deselect", NOT_ON_CUDA]
+    options = ["-p", "cuda_on_host.plugin", "-p", "no:cacheprovider", "--capture=sys", "-q"]
     return [sys.executable, "-m", "pytest", *options, *arguments]
 
 
