@@ -264,9 +264,9 @@ def _versions(*tensors: Tensor) -> list[int]:
 def _gather(x: Tensor, samples: Samples) -> tuple[Tensor, Tensor]:
     """The taken samples of x, and x: to be used in place of x where the gradients of both shall meet in one pass."""
     if x.dtype not in DTYPES:
-        return x.index_select(0, samples.index), x
-    pair = None if is_compiling() else _C.gather(x, samples.index, samples.slots)
-    return (reference.gather(x, samples.index, samples.slots), x) if pair is None else pair
+        return x.index_select(0, samples.taken_from), x
+    pair = None if is_compiling() else _C.gather(x, samples.taken_from, samples.slots)
+    return (reference.gather(x, samples.taken_from, samples.slots), x) if pair is None else pair
 
 
 def _scatter_add(y: Tensor, residual: Tensor, gamma: Tensor | None, samples: Samples | None, scale: float) -> Tensor:

@@ -17,8 +17,8 @@ class Samples(NamedTuple):
     sample 0, which is then added to none.
     """
 
-    index: Tensor  # int64 [K]: the sample that each of the taken is
-    kept: Tensor  # int64 [K]: the sample that each of the taken is added to; the index, or [-1] if all are dropped
+    taken_from: Tensor  # int64 [K]: the sample that each of the taken is
+    kept: Tensor  # int64 [K]: the sample that each of the taken is added to; taken_from, or [-1] if all are dropped
     slots: Tensor  # int64 [B]: the place among the taken of what is added to each sample; -1 if it is dropped
 
 
@@ -57,7 +57,7 @@ def _draw_bernoulli_between_graphs(
 ) -> tuple[Samples, float]:
     """What follows is compiled once for all numbers of kept samples but 1, a whole batch included."""
     samples, _ = _draw_bernoulli(x, drop_prob, generator)
-    torch._dynamo.maybe_mark_dynamic(samples.index, 0)
+    torch._dynamo.maybe_mark_dynamic(samples.taken_from, 0)
     torch._dynamo.maybe_mark_dynamic(samples.kept, 0)
     return samples, reference.keep_scale(drop_prob, scale_by_keep)
 
@@ -82,5 +82,5 @@ def _draw_fixed(
 
 def _samples(slots: Tensor, kept: Tensor) -> Samples:
     # kept == [-1], all dropped, is possible only where K == 1; testing K needs no synchronisation.
-    index = kept if kept.shape[0] > 1 else kept.clamp(min=0)
-    return Samples(index, kept, slots)
+    taken_from = kept if kept.shape[0] > 1 else kept.clamp(min=0)
+    return Samples(taken_from, kept, slots)
