@@ -199,6 +199,7 @@ def stochastic_depth(
             "bernoulli": for each sample by itself, as ``drop_path`` does, on the host: K is known without waiting for
             the device, and varies. If all samples are dropped the branch still runs, on the first one, and counts for
             nothing: every parameter gets a gradient, zero if the branch is finite there, as distributed training needs.
+            x then has no gradient through the branch, not even through what the branch computes beside its output.
             "fixed": K = max(1, round(B * (1 - p))) distinct samples, drawn on the device of x, scaled by B / K. Nothing
             depends on the host, so CUDA graphs capture it, and shapes are static. The effective drop rate is 1 - K / B,
             never 1 for p < 1; samples are not independent. With p = 1 all are dropped.
