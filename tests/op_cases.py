@@ -89,11 +89,9 @@ class _DropPath(Op):
         """The output is that of the formula: bit for bit, or rounded once, or near it if a branch computes it."""
         assert_same_bits(out.detach(), self.formula(inputs, keep, scale).detach())
 
-    def checked(self, x, residual=None, gamma=None, drop_prob=0.5, scale_by_keep=True):
+    def checked(self, inputs, drop_prob=0.5, scale_by_keep=True):
         """Forward and backward held to the formula, on these tensors as they lie in memory. Returns the output."""
-        assert residual is None
-        assert gamma is None
-        return checked(x, drop_prob, scale_by_keep, **self.options)
+        return checked(*inputs, drop_prob, scale_by_keep, **self.options)
 
 
 class _DropPathAdd(Op):
@@ -117,9 +115,9 @@ class _DropPathAdd(Op):
         x, residual, *gamma = inputs
         assert_rounded_once(out, *exact_add(x, residual, gamma[0] if gamma else None, keep, scale))
 
-    def checked(self, x, residual, gamma=None, drop_prob=0.5, scale_by_keep=True):
-        assert self.has_gamma or gamma is None
-        return checked_add(x, residual, gamma, drop_prob, scale_by_keep, **self.options)
+    def checked(self, inputs, drop_prob=0.5, scale_by_keep=True):
+        x, residual, *gamma = inputs
+        return checked_add(x, residual, gamma[0] if gamma else None, drop_prob, scale_by_keep, **self.options)
 
 
 class Wave(Recorded):
@@ -165,8 +163,9 @@ class _StochasticDepth(Op):
     def assert_output(self, out, inputs, keep, scale):
         assert_near(out, self.formula(inputs, keep, scale))
 
-    def checked(self, x, residual=None, gamma=None, drop_prob=0.5, scale_by_keep=True):
-        assert residual is None
+    def checked(self, inputs, drop_prob=0.5, scale_by_keep=True):
+        x, gamma, *_ = inputs
+        # A branch of its own: bias and weight would not fit every layout of x.
         return checked_skip(x, Wave(), drop_prob, scale_by_keep, gamma=gamma, **self.options)
 
 
@@ -183,6 +182,7 @@ SKIP_BERNOULLI, SKIP_FIXED = (
     for sampling in ("bernoulli", "fixed")
 )
 DROP_PATH_OPS = (DROP_PATH, ADD, ADD_GAMMA)
-OPS = (*DROP_PATH_OPS, SKIP_BERNOULLI, SKIP_FIXED)
+SKIP_OPS = (SKIP_BERNOULLI, SKIP_FIXED)
+OPS = (*DROP_PATH_OPS, *SKIP_OPS)
 # stochastic_depth has no modes.
 BATCH_MODE_OPS = tuple(replace(op, name=f"{op.name}_batch", options={"mode": "batch"}) for op in DROP_PATH_OPS)
