@@ -106,7 +106,7 @@ MUTANTS = [
         "csrc/cuda/gamma_grad.cuh",
         "(sum * scale)",
         "(sum)",
-        ("test_semantics.py::test_add_formula",),
+        ("test_semantics.py::test_formula",),
     ),
     Mutant(
         "cuda_rounding",
@@ -253,7 +253,7 @@ MUTANTS = [
         "csrc/cpu/gamma_grad.cpp",
         "(total * static_cast<F>(scale))",
         "(total)",
-        ("test_semantics.py::test_add_formula",),
+        ("test_semantics.py::test_formula",),
         "cpu",
     ),
     Mutant(
