@@ -30,7 +30,7 @@ from conftest import (
 from droppath_ext import drop_path, drop_path_add, reference, stochastic_depth
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Op:
     name: str
     inputs: tuple[str, ...]
