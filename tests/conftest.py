@@ -70,6 +70,8 @@ def pairwise(*arguments):
 
 def case_id(value):
     """The name of one value of such a case."""
+    if isinstance(value, torch.dtype):
+        return dtypes_id((value,))
     return dtypes_id(value) if isinstance(value, tuple) and any(isinstance(v, torch.dtype) for v in value) else None
 
 

@@ -1,67 +1,118 @@
 """Promise: gradients of every order and kind, and nothing kept that is not needed."""
 
+from functools import partial
+
 import pytest
 import torch
 from conftest import (
     ADD_GAMMA_DTYPES,
     DTYPES,
-    FUSED_ADD_DTYPES,
     SAMPLINGS,
     TokenBranch,
     add_inputs,
     added_samples,
-    assert_rounded_once,
     assert_same_bits,
+    case_id,
     dtypes_id,
-    exact_add,
-    expected_drop_path,
     like,
+    pairwise,
     predict_keep,
     random_tensor,
-    seeded,
-    skip_formula,
     zero_dropped,
 )
+from op_cases import ADD, ADD_GAMMA, BATCH_MODE_OPS, DROP_PATH, DROP_PATH_OPS, OPS, SKIP_FIXED
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from droppath_ext import drop_path, drop_path_add, reference, stochastic_depth
+from droppath_ext import drop_path, drop_path_add, stochastic_depth
+
+# Which of an op's inputs require a gradient, or carry a tangent: by their number, each alone and some together.
+SUBSETS = {
+    1: [("x",)],
+    2: [("x",), ("residual",), ("x", "residual")],
+    3: [
+        *(("x",), ("residual",), ("gamma",)),
+        *(("x", "residual"), ("x", "gamma"), ("residual", "gamma"), ("x", "residual", "gamma")),
+    ],
+    4: [("x",), ("gamma",), ("bias",), ("weight",), ("x", "weight"), ("x", "gamma", "bias", "weight")],
+}
+# Shapes of x, and of a gamma for it.
+GAMMA_SHAPES = {"last": ((5, 3), (3,)), "channels": ((4, 2, 3, 2), (2, 1, 1)), "middle": ((4, 2, 3, 2), (1, 3, 1))}
+SHAPES = {
+    **dict.fromkeys((1, 2), [((5, 3), None), ((4, 2, 3, 2), None), ((6,), None)]),
+    3: list(GAMMA_SHAPES.values()),
+    4: [((6, 4), (4,))],
+}
 
 
-def _same_draw_each_time(device, **kwargs):
-    """Numerical differentiation calls the function again and again and needs the same mask each time."""
-    return lambda x: drop_path(x, 0.5, training=True, generator=seeded(device, 3), **kwargs)
+def _of_each(ops, arguments):
+    """Cases (op, ...): for each op pairwise combinations of the arguments that it has."""
+    return [(op, *case) for op in ops for case in pairwise(*arguments(op))]
 
 
-@pytest.mark.parametrize("mode", ["row", "batch"])
+def _requiring(op, names, tensors):
+    """The tensors, of which those so named require a gradient."""
+    return [tensor.requires_grad_(name in names) for name, tensor in zip(op.inputs, tensors, strict=True)]
+
+
+def _all_requiring(op, shape, dtype=torch.float64, device="cpu"):
+    return _requiring(op, op.inputs, op.make(shape, dtype, device))
+
+
+def _assert_near(op, tensors, expected_tensors):
+    for actual, expected in zip(tensors, expected_tensors, strict=True):
+        op.assert_near(actual.detach(), expected.detach())
+
+
+def _ids(value):
+    return "-".join(value) if isinstance(value, tuple) and all(isinstance(v, str) for v in value) else case_id(value)
+
+
+@pytest.mark.parametrize(
+    ("op", "requiring", "drop_prob", "scale_by_keep", "shapes"),
+    _of_each(OPS, lambda op: (SUBSETS[len(op.inputs)], [0.5, 0.0, 1.0], [True, False], SHAPES[len(op.inputs)])),
+    ids=_ids,
+)
+def test_gradcheck(device, op, requiring, drop_prob, scale_by_keep, shapes):
+    """First and second derivatives, and batched ones, whichever of the inputs require them.
+
+    Where nothing is dropped the two paths agree on the function, and so the numbers vouch for the tangents too.
+    """
+    shape, gamma_shape = shapes
+    inputs = _requiring(op, requiring, op.make(shape, device=device, gamma_shape=gamma_shape))
+    function = op.same_draw_each_time(device, drop_prob, scale_by_keep)
+    if drop_prob == 0.5:
+        assert 0 < op.keep(function(*inputs), inputs).sum() < shape[0]
+    forward = drop_prob == 0.0
+    assert torch.autograd.gradcheck(function, inputs, check_batched_grad=True, check_forward_ad=forward)
+    assert torch.autograd.gradgradcheck(function, inputs, check_fwd_over_rev=forward)
+
+
+@pytest.mark.parametrize("op", BATCH_MODE_OPS)
 @pytest.mark.parametrize("scale_by_keep", [True, False])
-@pytest.mark.parametrize("shape", [(5, 3), (4, 2, 3, 2), (6,)])
-def test_gradcheck(device, mode, scale_by_keep, shape):
-    x = random_tensor(shape, torch.float64, device).requires_grad_()
-    function = _same_draw_each_time(device, mode=mode, scale_by_keep=scale_by_keep)
-    assert torch.autograd.gradcheck(function, x)
-    assert torch.autograd.gradgradcheck(function, x)
+def test_gradcheck_in_batch_mode(device, op, scale_by_keep):
+    inputs = _all_requiring(op, (4, 3), device=device)
+    outcomes = set()
+    for seed in range(6):
+        outcomes.add(predict_keep(inputs[0], 0.5, "batch", op.generator(device, seed)).item())
+        function = op.same_draw_each_time(device, 0.5, scale_by_keep, seed)
+        assert torch.autograd.gradcheck(function, inputs)
+        assert torch.autograd.gradgradcheck(function, inputs)
+    assert outcomes == {True, False}
 
 
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("layout", ["channels_last", "sequence_first"])
-def test_gradcheck_of_other_layouts(device, layout):
-    base = random_tensor((2, 3, 2, 2), torch.float64, device)
-    x = base.to(memory_format=torch.channels_last) if layout == "channels_last" else base.transpose(0, 1)
-    assert torch.autograd.gradcheck(_same_draw_each_time(device), x.requires_grad_())
-    assert torch.autograd.gradgradcheck(_same_draw_each_time(device), x)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("mode", ["row", "batch"])
-@pytest.mark.parametrize("scale_by_keep", [True, False])
-def test_backward_is_the_formula(device, dtype, mode, scale_by_keep):
-    x = random_tensor((33, 5, 7), dtype, device).requires_grad_()
-    grad = random_tensor((33, 5, 7), dtype, device, seed=1)
-    for _ in range(4):
-        keep = predict_keep(x, 0.3, mode)
-        out = drop_path(x, 0.3, True, scale_by_keep, mode=mode)
-        (grad_x,) = torch.autograd.grad(out, x, grad)
-        assert_same_bits(grad_x, reference.apply_keep_mask(grad, keep, reference.keep_scale(0.3, scale_by_keep)))
+def test_gradcheck_of_other_layouts(device, op, layout):
+    for gamma_shape in ((2,), (3, 1, 1)) if op.has_gamma else (None,):
+        x, *others = op.make((3, 3, 2, 2), device=device, gamma_shape=gamma_shape)
+        if layout == "channels_last":
+            x = x.to(memory_format=torch.channels_last)
+        else:
+            x = x.transpose(0, 1).contiguous().transpose(0, 1)
+        inputs = _requiring(op, op.inputs, [x, *others])
+        assert torch.autograd.gradcheck(op.same_draw_each_time(device), inputs)
+        assert torch.autograd.gradgradcheck(op.same_draw_each_time(device), inputs)
 
 
 GRADS = {
@@ -73,305 +124,100 @@ GRADS = {
 }
 
 
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("layout", GRADS)
-def test_backward_takes_any_layout(device, layout):
-    x = random_tensor((6, 4, 5, 3), device=device, seed=1).requires_grad_()
+def test_backward_takes_any_layout(device, op, layout):
+    """sum(), for one, sends an expanded gradient."""
+    inputs = _all_requiring(op, (6, 4, 5, 3), torch.float32, device)
     grad = GRADS[layout](device)
-    keep = predict_keep(x, 0.5)
-    (grad_x,) = torch.autograd.grad(drop_path(x, 0.5, training=True), x, grad)
-    assert_same_bits(grad_x, reference.apply_keep_mask(grad, keep, 2.0))
+    out = op(inputs)
+    keep = op.keep(out, inputs)
+    expected = torch.autograd.grad(op.formula(inputs, keep, op.scale(6, 0.5)), inputs, grad)
+    _assert_near(op, torch.autograd.grad(out, inputs, grad), expected)
 
 
-def test_gradient_through_a_network(device):
-    """sum() sends an expanded gradient; matmul before and add after make x an inner node of the graph."""
-    weight = random_tensor((4, 6), device=device).requires_grad_()
-    data = random_tensor((10, 4), device=device, seed=1)
-    keep = predict_keep(data, 0.5)
-    hidden = data @ weight
-    (hidden + drop_path(hidden, 0.5, training=True)).sum().backward()
-    factor = (1 + 2 * keep.float())[:, None].expand(10, 6)
-    torch.testing.assert_close(weight.grad, data.t() @ factor)
+@pytest.mark.parametrize("op", OPS)
+def test_gradient_through_a_network(device, op):
+    """Blocks in a row, every input an inner node of the graph, and x used before, beside and behind the op too."""
+    weight, data = (random_tensor(shape, torch.float64, device) for shape in ((4, 6), (10, 4)))
+    leaves = [weight, *op.make((10, 6), device=device)[1:]]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    keeps = []
+
+    def network(apply):
+        x = data @ leaves[0]
+        for block in range(4):
+            before = x.cos()
+            inner = dict(zip(op.inputs[1:], [leaf * 3 for leaf in leaves[1:]], strict=True)) | {"x": x, "residual": x}
+            out = apply(block, [inner[name] for name in op.inputs])
+            x = before + out + x.sin()
+        return x
+
+    def apply_op(_, inputs):
+        out = op(inputs, 0.4)
+        keeps.append(op.keep(out, inputs))
+        return out
+
+    out = network(apply_op)
+    assert 0 < sum(keep.sum() for keep in keeps) < 40
+    plain = network(lambda block, inputs: op.formula(inputs, keeps[block], op.scale(10, 0.4)))
+    torch.testing.assert_close(out, plain)
+    grads = (torch.autograd.grad((result**2).sum(), leaves, allow_unused=True) for result in (out, plain))
+    for actual, expected in zip(*grads, strict=True):
+        assert (actual is None) == (expected is None)
+        if actual is not None:
+            torch.testing.assert_close(actual, expected)
 
 
-def test_two_backwards_use_the_same_mask(device):
-    x = random_tensor((40, 3), device=device).requires_grad_()
-    out = drop_path(x, 0.5, training=True)
-    grads = [torch.autograd.grad(out.sum(), x, retain_graph=True)[0] for _ in range(2)]
-    drop_path(x, 0.5, training=True)  # moves the generator on, which the saved mask must not notice
-    grads.append(torch.autograd.grad(out.sum(), x)[0])
-    assert_same_bits(grads[0], grads[1])
-    assert_same_bits(grads[0], grads[2])
+@pytest.mark.parametrize("op", OPS)
+def test_two_backwards_use_the_same_mask(device, op):
+    inputs = _all_requiring(op, (40, 3), torch.float32, device)
+    out = op(inputs)
+    grads = [torch.autograd.grad(out.sum(), inputs, retain_graph=True) for _ in range(2)]
+    op(inputs)  # moves the generator on, which the saved mask must not notice
+    grads.append(torch.autograd.grad(out.sum(), inputs))
+    for others in grads[1:]:
+        for actual, expected in zip(others, grads[0], strict=True):
+            assert_same_bits(actual, expected)
 
 
 @pytest.mark.parametrize("grad_mode", ["leaf", "no_grad", "inference_mode"])
-def test_without_gradient(device, grad_mode):
+@pytest.mark.parametrize(
+    ("op", "drop_prob"), [*((op, 0.5) for op in OPS), *((op, 0.0) for op in OPS if op is not DROP_PATH)]
+)
+def test_without_gradient(device, op, drop_prob, grad_mode):
+    """(drop_path without a drop_prob returns x itself.)"""
     context = {"leaf": torch.enable_grad, "no_grad": torch.no_grad, "inference_mode": torch.inference_mode}[grad_mode]
-    x = random_tensor((16, 3), device=device).requires_grad_(grad_mode != "leaf")
+    inputs = op.make((16, 3), torch.float32, device)
+    if grad_mode != "leaf":
+        inputs = _requiring(op, op.inputs, inputs)
     with context():
-        _, expected = expected_drop_path(x.detach(), 0.5)
-        out = drop_path(x, 0.5, training=True)
+        out = op(inputs, drop_prob)
         assert not out.requires_grad
         assert out.grad_fn is None
-        assert_same_bits(out, expected)
+    keep = op.keep(out, inputs)
+    assert 0 < keep.sum() < 16 if drop_prob else keep.all()
+    op.assert_output(out, inputs, keep, op.scale(16, drop_prob))
 
 
-def test_double_backward_values(device):
-    """d/dx of |grad of drop_path(x)**2|: the mask enters squared, with the scale to the fourth power."""
-    x = random_tensor((12, 3), torch.float64, device).requires_grad_()
-    keep = predict_keep(x, 0.5)
-    out = drop_path(x, 0.5, training=True)
-    (grad,) = torch.autograd.grad((out**2).sum(), x, create_graph=True)  # 2 s^2 x
-    (second,) = torch.autograd.grad((grad**2).sum(), x)  # 8 s^4 x
-    torch.testing.assert_close(second, torch.where(keep[:, None], 8 * 2.0**4 * x, 0.0).detach())
+@pytest.mark.parametrize("op", OPS)
+def test_second_derivatives_are_those_of_the_formula(device, op):
+    """Of a loss in which all inputs meet."""
+    inputs = _all_requiring(op, (12, 3), device=device)
+    grad_outs = [random_tensor(t.shape, torch.float64, device, seed=9) for t in inputs]
 
+    def derivatives(out):
+        first = torch.autograd.grad((out**3).sum(), inputs, create_graph=True)
+        return first, torch.autograd.grad(first, inputs, grad_outs)
 
-def test_batched_gradients(device):
-    """is_grads_batched sends a vmapped gradient into the backward op."""
-    x = random_tensor((6, 3), torch.float64, device).requires_grad_()
-    keep = predict_keep(x, 0.5)
-    out = drop_path(x, 0.5, training=True)
-    grads = random_tensor((4, 6, 3), torch.float64, device, seed=1)
-    (batched,) = torch.autograd.grad(out, x, grads, is_grads_batched=True)
-    for grad, grad_x in zip(grads, batched, strict=True):
-        assert_same_bits(grad_x, reference.apply_keep_mask(grad, keep, 2.0))
-
-
-# --- forward mode and torch.func ---
-
-
-def _mask_of(out):
-    return out.detach().flatten(1).ne(0).any(1)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("mode", ["row", "batch"])
-@pytest.mark.parametrize("api", ["forward_ad", "func.jvp"])
-def test_forward_mode(device, dtype, mode, api):
-    x, tangent = (random_tensor((32, 3), dtype, device, seed) for seed in (0, 1))
-    for _ in range(4):
-        if api == "forward_ad":
-            with forward_ad.dual_level():
-                out, out_tangent = forward_ad.unpack_dual(
-                    drop_path(forward_ad.make_dual(x, tangent), 0.5, training=True, mode=mode)
-                )
-                assert out_tangent is not None
-        else:
-            out, out_tangent = torch.func.jvp(lambda t: drop_path(t, 0.5, training=True, mode=mode), (x,), (tangent,))
-        keep = _mask_of(out)
-        assert_same_bits(out, reference.apply_keep_mask(x, keep, 2.0))
-        assert_same_bits(out_tangent, reference.apply_keep_mask(tangent, keep, 2.0))
-
-
-def test_func_grad(device):
-    x = random_tensor((32, 3), device=device)
-
-    def loss(t):
-        out = drop_path(t, 0.5, training=True)
-        return (out**2).sum(), out
-
-    grad, out = torch.func.grad(loss, has_aux=True)(x)
-    keep = _mask_of(out)
-    assert 0 < keep.sum() < 32
-    assert_same_bits(out, reference.apply_keep_mask(x, keep, 2.0))
-    torch.testing.assert_close(grad, torch.where(keep[:, None], 8 * x, 0.0))
-
-
-def test_func_vjp_and_hessian_vector_product(device):
-    x, v = (random_tensor((16, 3), torch.float64, device, seed) for seed in (0, 1))
-
-    def grad_of_cube(t):
-        return torch.func.grad(lambda u: (drop_path(u, 0.5, training=True) ** 3).sum())(t)
-
-    grad, product = torch.func.jvp(grad_of_cube, (x,), (v,))  # forward over reverse
-    keep = _mask_of(grad)
-    torch.testing.assert_close(grad, torch.where(keep[:, None], 24 * x**2, 0.0))
-    torch.testing.assert_close(product, torch.where(keep[:, None], 48 * x * v, 0.0))
-
-
-def test_vmap_draws_a_mask_for_each_entry(device):
-    x = random_tensor((50, 8, 3), device=device)
-    out = torch.func.vmap(lambda t: drop_path(t, 0.5, training=True), randomness="different")(x)
-    keep = out.ne(0).any(-1)
-    assert_same_bits(out, torch.where(keep[..., None], x * 2, 0.0))
-    assert 120 < keep.sum() < 280
-    assert len({tuple(row) for row in keep.tolist()}) > 20
-
-
-def test_vmap_with_one_mask_for_all(device):
-    x = random_tensor((5, 64, 3), device=device)
-    out = torch.func.vmap(lambda t: drop_path(t, 0.5, training=True), randomness="same")(x)
-    keep = out.ne(0).any(-1)
-    assert 0 < keep[0].sum() < 64
-    assert keep.eq(keep[0]).all()
-    assert_same_bits(out, torch.where(keep[..., None], x * 2, 0.0))
-
-
-def test_vmap_of_grad(device):
-    """Per-sample gradients: the usual composition of torch.func."""
-    weight = random_tensor((3,), device=device)
-    data = random_tensor((64, 4, 3), device=device, seed=1)
-
-    def loss(w, d):
-        return drop_path(d * w, 0.5, training=True).sum()
-
-    grads = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0), randomness="different")(weight, data)
-    # Each of the four rows of an entry is kept or not: the gradient is one of the 16 sums of rows, times 2.
-    choices = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 4).to(device)
-    sums = 2 * torch.einsum("ck,nkf->ncf", choices, data)
-    distance = (sums - grads[:, None]).abs().amax(-1)
-    assert (distance.amin(1) < 1e-4).all()
-    assert len(distance.argmin(1).unique()) > 8
-
-
-# --- activation checkpointing ---
-
-
-@pytest.mark.parametrize("use_reentrant", [True, False])
-@pytest.mark.parametrize("mode", ["row", "batch"])
-def test_checkpointing_recomputes_the_same_mask(device, use_reentrant, mode):
-    weight = random_tensor((5, 5), device=device, seed=2)
-    data = random_tensor((64, 5), device=device)
-
-    def block(x, w):
-        hidden = drop_path(torch.tanh(x @ w), 0.5, training=True, mode=mode)
-        return x + drop_path(torch.tanh(hidden @ w), 0.5, training=True, mode=mode)
-
-    def run(wrap):
-        torch.manual_seed(11)
-        x, w = data.clone().requires_grad_(), weight.clone().requires_grad_()
-        out = wrap(x, w)
-        drop_path(data, 0.5, training=True)  # the recomputation must not see where the generator is by then
-        (out**2).sum().backward()
-        return out, x.grad, w.grad
-
-    checkpointed = run(lambda x, w: checkpoint(block, x, w, use_reentrant=use_reentrant))
-    for actual, expected in zip(checkpointed, run(block), strict=True):
-        assert_same_bits(actual, expected)
-
-
-def test_forward_over_reverse(device):
-    """A graph that the kernels built meets a tangent only in its backward pass: it must not get lost there."""
-    x = random_tensor((6, 4), torch.float64, device).requires_grad_()
-    weight, tangent = (random_tensor((6, 4), torch.float64, device, seed=seed) for seed in (1, 2))
-    keep = predict_keep(x, 0.5)
-    with forward_ad.dual_level():
-        out = drop_path(x, 0.5, training=True)
-        (grad_x,) = torch.autograd.grad(out, x, forward_ad.make_dual(weight, tangent))
-        primal, grad_tangent = forward_ad.unpack_dual(grad_x)
-        assert_same_bits(primal, reference.apply_keep_mask(weight, keep, 2.0))
-        assert_same_bits(grad_tangent, reference.apply_keep_mask(tangent, keep, 2.0))
-
-
-def test_jvp_of_a_gradient(device):
-    x = random_tensor((6, 4), torch.float64, device).requires_grad_()
-    weight, tangent = (random_tensor((6, 4), torch.float64, device, seed=seed) for seed in (1, 2))
-    keep = predict_keep(x, 0.5)
-    out = drop_path(x, 0.5, training=True)
-    _, grad_tangent = torch.func.jvp(
-        lambda grad: torch.autograd.grad(out, x, grad, retain_graph=True)[0], (weight,), (tangent,)
-    )
-    assert_same_bits(grad_tangent, reference.apply_keep_mask(tangent, keep, 2.0))
-
-
-def test_the_op_refuses_what_it_cannot_differentiate(device):
-    x = random_tensor((6, 4), device=device)
-    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="x carries a tangent"):
-        torch.ops.droppath_ext.drop_path(forward_ad.make_dual(x, x), 0.5, True, True)
-
-
-# --- drop_path_add ---
-
-DOUBLES = (torch.float64,) * 3
-SUBSETS = [("x",), ("residual",), ("gamma",), ("x", "residual"), ("x", "gamma"), ("residual", "gamma")]
-SUBSETS += [("x", "residual", "gamma")]
-SUBSETS_WITHOUT_GAMMA = [subset for subset in SUBSETS if "gamma" not in subset]
-GAMMA_SHAPES = {"last": ((5, 3), (3,)), "channels": ((4, 2, 3, 2), (2, 1, 1)), "middle": ((4, 2, 3, 2), (1, 3, 1))}
-
-
-def _requiring(names, tensors):
-    """The tensors, of which those so named require a gradient."""
-    named = zip(("x", "residual", "gamma"), tensors, strict=True)
-    return [tensor if tensor is None else tensor.requires_grad_(name in names) for name, tensor in named]
-
-
-def _add_with_the_same_draw_each_time(device, drop_prob=0.5, seed=3, **kwargs):
-    def function(x, residual, gamma=None):
-        return drop_path_add(
-            x, residual, drop_prob, training=True, gamma=gamma, generator=seeded(device, seed), **kwargs
-        )
-
-    return function
-
-
-@pytest.mark.parametrize("requiring", SUBSETS, ids="-".join)
-@pytest.mark.parametrize("drop_prob", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("gamma_along", GAMMA_SHAPES)
-def test_add_gradcheck(device, requiring, drop_prob, gamma_along):
-    shape, gamma_shape = GAMMA_SHAPES[gamma_along]
-    inputs = _requiring(requiring, add_inputs(shape, DOUBLES, device, gamma_shape))
-    assert 0 < predict_keep(inputs[0], 0.5, generator=seeded(device, 3)).sum() < len(inputs[0])
-    function = _add_with_the_same_draw_each_time(device, drop_prob)
-    assert torch.autograd.gradcheck(function, inputs, check_batched_grad=True)
-    assert torch.autograd.gradgradcheck(function, inputs)
-
-
-@pytest.mark.parametrize("requiring", SUBSETS_WITHOUT_GAMMA, ids="-".join)
-@pytest.mark.parametrize("drop_prob", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("shape", [(5, 3), (4, 2, 3, 2), (6,)])
-def test_add_gradcheck_without_gamma(device, requiring, drop_prob, shape):
-    inputs = _requiring(requiring, add_inputs(shape, (*DOUBLES[:2], None), device))[:2]
-    assert 0 < predict_keep(inputs[0], 0.5, generator=seeded(device, 3)).sum() < shape[0]
-    function = _add_with_the_same_draw_each_time(device, drop_prob)
-    assert torch.autograd.gradcheck(function, inputs, check_batched_grad=True)
-    assert torch.autograd.gradgradcheck(function, inputs)
-
-
-@pytest.mark.parametrize("scale_by_keep", [True, False])
-@pytest.mark.parametrize("with_gamma", [True, False])
-def test_add_gradcheck_in_batch_mode(device, scale_by_keep, with_gamma):
-    x, residual, gamma = _requiring(SUBSETS[-1], add_inputs((4, 3), DOUBLES, device))
-    inputs = [x, residual, gamma] if with_gamma else [x, residual]
-    outcomes = set()
-    for seed in range(6):
-        outcomes.add(predict_keep(x, 0.5, "batch", seeded(device, seed)).item())
-        function = _add_with_the_same_draw_each_time(device, 0.5, seed, mode="batch", scale_by_keep=scale_by_keep)
-        assert torch.autograd.gradcheck(function, inputs)
-        assert torch.autograd.gradgradcheck(function, inputs)
-    assert outcomes == {True, False}
-
-
-@pytest.mark.parametrize("layout", ["channels_last", "sequence_first"])
-@pytest.mark.parametrize("gamma_shape", [(2,), (3, 1, 1)])
-def test_add_gradcheck_of_other_layouts(device, layout, gamma_shape):
-    x, residual, gamma = add_inputs((4, 3, 2, 2), DOUBLES, device, gamma_shape)
-    if layout == "channels_last":
-        x = x.to(memory_format=torch.channels_last)
-    else:
-        x = x.transpose(0, 1).contiguous().transpose(0, 1)
-    inputs = _requiring(SUBSETS[-1], (x, residual, gamma))
-    assert torch.autograd.gradcheck(_add_with_the_same_draw_each_time(device), inputs)
-    assert torch.autograd.gradgradcheck(_add_with_the_same_draw_each_time(device), inputs)
-
-
-def test_add_double_backward_values(device):
-    """d/d(x, residual, gamma) of |gradients of the sum of squares|, written out."""
-    x, residual, gamma = _requiring(SUBSETS[-1], add_inputs((12, 3), DOUBLES, device))
-    keep = predict_keep(x, 0.5)
-    out = drop_path_add(x, residual, 0.5, training=True, gamma=gamma)
-    grads = torch.autograd.grad((out**2).sum(), (x, residual, gamma), create_graph=True)
-    actual = torch.autograd.grad(sum((grad**2).sum() for grad in grads), (x, residual, gamma))
-
-    def squares(x, residual, gamma):
-        out = residual + 2 * keep[:, None] * gamma * x
-        return (out**2).sum()
-
-    expected_grads = torch.autograd.grad(squares(x, residual, gamma), (x, residual, gamma), create_graph=True)
-    for grad, expected in zip(grads, expected_grads, strict=True):
-        torch.testing.assert_close(grad, expected)
-    expected = torch.autograd.grad(sum((grad**2).sum() for grad in expected_grads), (x, residual, gamma))
-    for grad, same in zip(actual, expected, strict=True):
-        assert grad.abs().max() > 1
-        torch.testing.assert_close(grad, same)
+    out = op(inputs)
+    keep = op.keep(out, inputs)
+    assert 0 < keep.sum() < 12
+    plain = op.formula(inputs, keep, op.scale(12, 0.5))
+    for actual_order, expected_order in zip(derivatives(out), derivatives(plain), strict=True):
+        for actual, expected in zip(actual_order, expected_order, strict=True):
+            assert actual.abs().max() > 1
+            torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("dtypes", ADD_GAMMA_DTYPES, ids=dtypes_id)
@@ -381,10 +227,10 @@ def test_add_double_backward_ignores_dropped_samples(device, dtypes):
     keep = predict_keep(x, 0.5)
     assert 0 < keep.sum() < 16
     x[~keep] = float("nan")
-    x, residual, gamma = _requiring(SUBSETS[-1], (x, residual, gamma))
+    inputs = x, residual, gamma = [t.requires_grad_() for t in (x, residual, gamma)]
     out = drop_path_add(x, residual, 0.5, training=True, gamma=gamma)
     grad = torch.ones_like(out).requires_grad_()
-    grads = torch.autograd.grad(out, (x, residual, gamma), grad, create_graph=True)
+    grads = torch.autograd.grad(out, inputs, grad, create_graph=True)
     for dtype, first in zip(dtypes, grads, strict=True):
         assert first.dtype == dtype
         assert first.isfinite().all()
@@ -397,244 +243,183 @@ def test_add_double_backward_ignores_dropped_samples(device, dtypes):
     assert_same_bits(grad_gamma, torch.full_like(gamma, 2.0 * keep.sum()).detach())
 
 
-def test_add_gradient_through_a_network(device):
-    """sum() sends an expanded gradient; matmul before and add after make every input an inner node of the graph."""
-    weight = random_tensor((4, 6), device=device).requires_grad_()
-    scale = random_tensor((6,), device=device, seed=2).requires_grad_()
-    data = random_tensor((10, 4), device=device, seed=1)
-    keep = predict_keep(data, 0.5)
-    hidden = data @ weight
-    drop_path_add(hidden, hidden, 0.5, training=True, gamma=scale * 3).sum().backward()
-    factor = 1 + 6 * keep.float()[:, None] * scale.detach()
-    torch.testing.assert_close(weight.grad, data.t() @ factor)
-    torch.testing.assert_close(scale.grad, 6 * hidden.detach()[keep].sum(0))
-
-
-def test_add_two_backwards_use_the_same_mask(device):
-    x, residual, gamma = _requiring(SUBSETS[-1], add_inputs((40, 3), (torch.float32,) * 3, device))
-    out = drop_path_add(x, residual, 0.5, training=True, gamma=gamma)
-    grads = [torch.autograd.grad(out.sum(), (x, gamma), retain_graph=True) for _ in range(2)]
-    drop_path_add(x, residual, 0.5, training=True)  # moves the generator on, which the saved mask must not notice
-    grads.append(torch.autograd.grad(out.sum(), (x, gamma)))
-    for other in grads[1:]:
-        assert_same_bits(other[0], grads[0][0])
-        assert_same_bits(other[1], grads[0][1])
-
-
-@pytest.mark.parametrize("grad_mode", ["leaf", "no_grad", "inference_mode"])
-@pytest.mark.parametrize("drop_prob", [0.0, 0.5])
-def test_add_without_gradient(device, grad_mode, drop_prob):
-    context = {"leaf": torch.enable_grad, "no_grad": torch.no_grad, "inference_mode": torch.inference_mode}[grad_mode]
-    requiring = () if grad_mode == "leaf" else SUBSETS[-1]
-    x, residual, gamma = _requiring(requiring, add_inputs((16, 3), (torch.float32,) * 3, device))
-    keep = predict_keep(x, drop_prob) if drop_prob else torch.ones(1, dtype=torch.bool, device=device)
-    with context():
-        out = drop_path_add(x, residual, drop_prob, training=True, gamma=gamma)
-        assert not out.requires_grad
-        assert out.grad_fn is None
-    assert_rounded_once(out, *exact_add(x, residual, gamma, keep, 1 / (1 - drop_prob)))
-
-
-@pytest.mark.parametrize("requiring", SUBSETS, ids="-".join)
-def test_add_batched_gradients(device, requiring):
-    """is_grads_batched sends a vmapped gradient into the backward op."""
-    tensors = _requiring(requiring, add_inputs((6, 3), DOUBLES, device))
-    leaves = [tensor for tensor in tensors if tensor.requires_grad]
-    out = drop_path_add(*tensors[:2], 0.5, training=True, gamma=tensors[2])
-    grads = random_tensor((4, 6, 3), torch.float64, device, seed=3)
-    batched = torch.autograd.grad(out, leaves, grads, retain_graph=True, is_grads_batched=True)
+@pytest.mark.parametrize(
+    ("op", "requiring"), [(op, names) for op in OPS for names in SUBSETS[len(op.inputs)]], ids=_ids
+)
+def test_batched_gradients(device, op, requiring):
+    """is_grads_batched sends a vmapped gradient into the backward ops."""
+    inputs = _requiring(op, requiring, op.make((6, 3), device=device))
+    leaves = [tensor for tensor in inputs if tensor.requires_grad]
+    out = op(inputs)
+    plain = op.formula(inputs, op.keep(out, inputs), op.scale(6, 0.5))
+    grads = random_tensor((4, 6, 3), torch.float64, device, seed=1)
+    batched = torch.autograd.grad(out, leaves, grads, is_grads_batched=True)
     for place, grad in enumerate(grads):
-        for actual, expected in zip(batched, torch.autograd.grad(out, leaves, grad, retain_graph=True), strict=True):
-            torch.testing.assert_close(actual[place], expected)
+        expected = torch.autograd.grad(plain, leaves, grad, retain_graph=True)
+        _assert_near(op, [grad_of_each[place] for grad_of_each in batched], expected)
 
 
-# --- drop_path_add: forward mode and torch.func ---
+# --- forward mode and torch.func ---
+
+APIS = ("forward_ad", "func.jvp")
 
 
-def _tangent_of_add(tensors, tangents, keep):
-    """The derivative of residual + 2 gamma x where kept, along these tangents (None: zero)."""
-    (x, _, gamma), (x_tangent, residual_tangent, gamma_tangent) = tensors, tangents
-    branch = torch.zeros_like(x)
-    if x_tangent is not None:
-        branch = branch + 2 * x_tangent * (1 if gamma is None else gamma)
-    if gamma_tangent is not None:
-        branch = branch + 2 * x * gamma_tangent
-    return zero_dropped(branch, keep) + (0 if residual_tangent is None else residual_tangent)
-
-
-def _tangents(names, tensors, device):
-    return [
-        random_tensor(tensor.shape, tensor.dtype, device, seed=10 + place) if name in names else None
-        for place, (name, tensor) in enumerate(zip(("x", "residual", "gamma"), tensors, strict=True))
-    ]
-
-
-@pytest.mark.parametrize("dual", SUBSETS, ids="-".join)
-@pytest.mark.parametrize("mode", ["row", "batch"])
-@pytest.mark.parametrize("api", ["forward_ad", "func.jvp"])
-def test_add_forward_mode(device, dual, mode, api):
+@pytest.mark.parametrize(
+    ("op", "dual", "api", "dtype"),
+    [
+        *_of_each(OPS, lambda op: (SUBSETS[len(op.inputs)], APIS, [torch.float32, torch.float64])),
+        *_of_each(BATCH_MODE_OPS, lambda op: ([op.inputs], APIS, [torch.float32, torch.float64])),
+    ],
+    ids=_ids,
+)
+def test_forward_mode(device, op, dual, api, dtype):
     """A tangent on any of the inputs, on one of them alone too, is carried on."""
-    tensors = add_inputs((32, 3), DOUBLES, device)
-    tangents = _tangents(dual, tensors, device)
-    for _ in range(4):
+    tensors = op.make((32, 3), dtype, device)
+    tangents = [random_tensor(t.shape, dtype, device, seed=10 + place) for place, t in enumerate(tensors)]
+    places = [place for place, name in enumerate(op.inputs) if name in dual]
+    all_tangents = tuple(t if place in places else torch.zeros_like(t) for place, t in enumerate(tangents))
+
+    def function(*duals):
+        inputs = list(tensors)
+        for place, tensor in zip(places, duals, strict=True):
+            inputs[place] = tensor
+        return op(inputs)
+
+    for _ in range(4 if op in BATCH_MODE_OPS else 1):  # "batch" draws once a call: a few calls see both outcomes
         if api == "forward_ad":
             with forward_ad.dual_level():
-                x, residual, gamma = (
-                    tensor if tangent is None else forward_ad.make_dual(tensor, tangent)
-                    for tensor, tangent in zip(tensors, tangents, strict=True)
-                )
-                out = drop_path_add(x, residual, 0.5, training=True, gamma=gamma, mode=mode)
-                out, out_tangent = forward_ad.unpack_dual(out)
+                duals = [forward_ad.make_dual(tensors[place], tangents[place]) for place in places]
+                out, out_tangent = forward_ad.unpack_dual(function(*duals))
                 assert out_tangent is not None
         else:
-            places = [place for place, tangent in enumerate(tangents) if tangent is not None]
+            used = (tuple(values[place] for place in places) for values in (tensors, tangents))
+            out, out_tangent = torch.func.jvp(function, *used)
+        keep = op.keep(out, tensors)
+        assert op in BATCH_MODE_OPS or 0 < keep.sum() < 32
+        op.assert_output(out, tensors, keep, op.scale(32, 0.5))
 
-            def function(*duals, places=places):
-                inputs = list(tensors)
-                for place, tensor in zip(places, duals, strict=True):
-                    inputs[place] = tensor
-                return drop_path_add(*inputs[:2], 0.5, training=True, gamma=inputs[2], mode=mode)
+        def formula(*inputs, keep=keep):
+            return op.formula(inputs, keep, op.scale(32, 0.5))
 
-            primals = tuple(tensors[place] for place in places)
-            out, out_tangent = torch.func.jvp(function, primals, tuple(tangents[place] for place in places))
-        keep = added_samples(out, tensors[1])
-        assert_rounded_once(out, *exact_add(*tensors, keep, 2.0))
-        torch.testing.assert_close(out_tangent, _tangent_of_add(tensors, tangents, keep))
+        _, expected = torch.func.jvp(formula, tuple(tensors), all_tangents)
+        op.assert_near(out_tangent, expected)
 
 
-@pytest.mark.parametrize("requiring", SUBSETS_WITHOUT_GAMMA, ids="-".join)
-def test_add_forward_mode_without_gamma(device, requiring):
-    x, residual, _ = tensors = add_inputs((32, 3), (*DOUBLES[:2], None), device)
-    tangents = [*_tangents(requiring, add_inputs((32, 3), DOUBLES, device), device)[:2], None]
-    with forward_ad.dual_level():
-        x, residual = (
-            tensor if tangent is None else forward_ad.make_dual(tensor, tangent)
-            for tensor, tangent in zip((x, residual), tangents[:2], strict=True)
-        )
-        out, out_tangent = forward_ad.unpack_dual(drop_path_add(x, residual, 0.5, training=True))
-    keep = added_samples(out, tensors[1])
-    assert 0 < keep.sum() < 32
-    torch.testing.assert_close(out_tangent, _tangent_of_add(tensors, tangents, keep))
+@pytest.mark.parametrize("op", OPS)
+def test_func_grad(device, op):
+    inputs = op.make((32, 3), device=device)
+    every = tuple(range(len(inputs)))
 
-
-@pytest.mark.parametrize("requiring", SUBSETS, ids="-".join)
-@pytest.mark.parametrize("gamma_along", GAMMA_SHAPES)
-def test_add_gradcheck_forward_over_reverse(device, requiring, gamma_along):
-    """Where nothing is dropped the two paths agree on the function, and so the numbers vouch for the tangents."""
-    shape, gamma_shape = GAMMA_SHAPES[gamma_along]
-    inputs = _requiring(requiring, add_inputs(shape, DOUBLES, device, gamma_shape))
-
-    def function(x, residual, gamma):
-        return drop_path_add(x, residual, gamma=gamma)
-
-    assert torch.autograd.gradcheck(function, inputs, check_forward_ad=True)
-    assert torch.autograd.gradgradcheck(function, inputs, check_fwd_over_rev=True)
-
-
-def test_add_forward_over_reverse(device):
-    """A graph that the kernels built meets a tangent only in its backward pass: it must not get lost there."""
-    x, residual, gamma = _requiring(SUBSETS[-1], add_inputs((6, 4), DOUBLES, device))
-    weight, tangent = (random_tensor((6, 4), torch.float64, device, seed=seed) for seed in (5, 6))
-    keep = predict_keep(x, 0.5)
-    assert 0 < keep.sum() < 6
-    with forward_ad.dual_level():
-        out = drop_path_add(x, residual, 0.5, training=True, gamma=gamma)
-        grads = torch.autograd.grad(out, (x, residual, gamma), forward_ad.make_dual(weight, tangent))
-        for place in (0, 1):
-            values = (weight, tangent)[place]
-            grad_x, grad_residual, grad_gamma = (forward_ad.unpack_dual(grad)[place] for grad in grads)
-            torch.testing.assert_close(grad_x, zero_dropped(2 * gamma.detach() * values, keep))
-            assert_same_bits(grad_residual, values)
-            torch.testing.assert_close(grad_gamma, zero_dropped(2 * x.detach() * values, keep).sum(0))
-
-
-def test_add_jvp_of_a_gradient(device):
-    x, residual, gamma = _requiring(SUBSETS[-1], add_inputs((6, 4), DOUBLES, device))
-    weight, tangent = (random_tensor((6, 4), torch.float64, device, seed=seed) for seed in (5, 6))
-    keep = predict_keep(x, 0.5)
-    out = drop_path_add(x, residual, 0.5, training=True, gamma=gamma)
-    _, (grad_x, grad_gamma) = torch.func.jvp(
-        lambda grad: torch.autograd.grad(out, (x, gamma), grad, retain_graph=True), (weight,), (tangent,)
-    )
-    torch.testing.assert_close(grad_x, zero_dropped(2 * gamma.detach() * tangent, keep))
-    torch.testing.assert_close(grad_gamma, zero_dropped(2 * x.detach() * tangent, keep).sum(0))
-
-
-def test_add_func_grad(device):
-    x, residual, gamma = add_inputs((32, 3), DOUBLES, device)
-
-    def loss(x, residual, gamma):
-        out = drop_path_add(x, residual, 0.5, training=True, gamma=gamma)
+    def loss(*inputs):
+        out = op(inputs)
         return (out**2).sum(), out
 
-    grads, out = torch.func.grad(loss, argnums=(0, 1, 2), has_aux=True)(x, residual, gamma)
-    keep = added_samples(out, residual)
+    grads, out = torch.func.grad(loss, argnums=every, has_aux=True)(*inputs)
+    keep = op.keep(out, inputs)
     assert 0 < keep.sum() < 32
-    torch.testing.assert_close(out, exact_add(x, residual, gamma, keep, 2.0)[0])
-    torch.testing.assert_close(grads[0], zero_dropped(4 * gamma * out, keep))
-    torch.testing.assert_close(grads[1], 2 * out)
-    torch.testing.assert_close(grads[2], zero_dropped(4 * x * out, keep).sum(0))
+    op.assert_output(out, inputs, keep, op.scale(32, 0.5))
+
+    def plain(*inputs):
+        return (op.formula(inputs, keep, op.scale(32, 0.5)) ** 2).sum()
+
+    for actual, expected in zip(grads, torch.func.grad(plain, argnums=every)(*inputs), strict=True):
+        torch.testing.assert_close(actual, expected)
 
 
-def test_add_func_hessian_vector_product(device):
+@pytest.mark.parametrize("op", OPS)
+def test_func_hessian_vector_product(device, op):
     """Forward over reverse, both by transforms."""
-    x, residual, gamma = add_inputs((16, 3), DOUBLES, device)
+    x, *others = inputs = op.make((16, 3), device=device)
     v = random_tensor((16, 3), torch.float64, device, seed=5)
 
-    def grad_of_cube(t):
-        return torch.func.grad(lambda u: (drop_path_add(u, residual, 0.5, True, gamma=gamma) ** 3).sum())(t)
+    def grad_of_cube(function):
+        def loss(t):
+            out = function([t, *others])
+            return (out**3).sum(), out
 
-    grad, product = torch.func.jvp(grad_of_cube, (x,), (v,))
-    keep = grad.ne(0).any(1)
+        return torch.func.grad(loss, has_aux=True)
+
+    (grad, out), (product, _) = torch.func.jvp(grad_of_cube(op), (x,), (v,))
+    keep = op.keep(out, inputs)
     assert 0 < keep.sum() < 16
-    out = residual + 2 * gamma * x
-    torch.testing.assert_close(grad, zero_dropped(6 * gamma * out**2, keep))
-    torch.testing.assert_close(product, zero_dropped(24 * gamma**2 * out * v, keep))
+    formula = grad_of_cube(lambda inputs: op.formula(inputs, keep, op.scale(16, 0.5)))
+    (expected_grad, _), (expected_product, _) = torch.func.jvp(formula, (x,), (v,))
+    torch.testing.assert_close(grad, expected_grad)
+    torch.testing.assert_close(product, expected_product)
 
 
-@pytest.mark.parametrize("in_dims", [(0, 0, None), (0, None, None), (0, None, 0), (1, 0, 0)])
-def test_add_vmap_draws_a_mask_for_each_entry(device, in_dims):
-    """x is mapped over, the others may be. (torch refuses to draw apart for an x that is not.)"""
-    full = add_inputs((50, 8, 3), DOUBLES, device, (50, 3))
-    inputs = [t[0] if dim is None else t.movedim(0, dim) for t, dim in zip(full, in_dims, strict=True)]
+# x is mapped over, the others may be. (torch refuses to draw apart for an x that is not, and to draw a number of
+# samples that may be another for each entry.)
+VMAPPED = [
+    (DROP_PATH, (0,)),
+    (ADD, (0, 0)),
+    *((ADD_GAMMA, in_dims) for in_dims in [(0, 0, None), (0, None, None), (0, None, 0), (1, 0, 0)]),
+    (SKIP_FIXED, (0, None, 0, None)),
+]
 
-    def function(x, residual, gamma):
-        return drop_path_add(x, residual, 0.5, training=True, gamma=gamma)
 
-    out = torch.func.vmap(function, in_dims=in_dims, randomness="different")(*inputs)
-    x, residual, gamma = (t[:1].expand_as(t) if dim is None else t for t, dim in zip(full, in_dims, strict=True))
-    keep = (out != residual).any(-1)
-    assert 120 < keep.sum() < 280
+@pytest.mark.parametrize(("op", "in_dims"), VMAPPED)
+def test_vmap_draws_a_mask_for_each_entry(device, op, in_dims):
+    full = op.make((50, 8, 3), device=device, gamma_shape=(50, 3))
+    full = [t.expand(50, 3) if name == "weight" else t for name, t in zip(op.inputs, full, strict=True)]
+    mapped = [t[0] if dim is None else t.movedim(0, dim) for t, dim in zip(full, in_dims, strict=True)]
+    out = torch.func.vmap(lambda *inputs: op(inputs), in_dims=in_dims, randomness="different")(*mapped)
+    full = [t[:1].expand_as(t) if dim is None else t for t, dim in zip(full, in_dims, strict=True)]
+    keep = (out != op.dropped(full)).any(-1)
     assert len({tuple(row) for row in keep.tolist()}) > 20
-    torch.testing.assert_close(out, residual + torch.where(keep[..., None], 2 * gamma[:, None] * x, 0.0))
+    assert keep.sum(1).eq(4).all() if op is SKIP_FIXED else 120 < keep.sum() < 280
+    for place, entry in enumerate(out):
+        op.assert_output(entry, [t[place] for t in full], keep[place], 2.0)
 
 
-def test_add_vmap_with_one_mask_for_all(device):
-    x, residual, gamma = add_inputs((5, 64, 3), DOUBLES, device)
-    out = torch.func.vmap(lambda t, r: drop_path_add(t, r, 0.5, training=True, gamma=gamma), randomness="same")(
-        x, residual
-    )
-    keep = (out != residual).any(-1)
+@pytest.mark.parametrize("op", OPS)
+def test_vmap_with_one_mask_for_all(device, op):
+    full = op.make((5, 64, 3), device=device)
+    in_dims = tuple(None if name in ("gamma", "weight") else 0 for name in op.inputs)
+    out = torch.func.vmap(lambda *inputs: op(inputs), in_dims=in_dims, randomness="same")(*full)
+    keep = (out != op.dropped(full)).any(-1)
     assert 0 < keep[0].sum() < 64
     assert keep.eq(keep[0]).all()
-    torch.testing.assert_close(out, residual + torch.where(keep[..., None], 2 * gamma * x, 0.0))
+    for place, entry in enumerate(out):
+        inputs = [t if dim is None else t[place] for t, dim in zip(full, in_dims, strict=True)]
+        op.assert_output(entry, inputs, keep[0], op.scale(64, 0.5))
 
 
-def test_add_vmap_where_nothing_is_dropped(device):
+@pytest.mark.parametrize("op", OPS)
+def test_vmap_refuses_to_draw_unless_told_how(device, op):
+    inputs = op.make((16, 3), device=device)
+    function = torch.func.vmap(lambda x: op([x, *inputs[1:]]))
+    with pytest.raises(RuntimeError, match="randomness"):
+        function(inputs[0].expand(5, 16, 3))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_vmap_where_nothing_is_dropped(device, op):
     """No draw, so the default randomness="error" has nothing to object to."""
-    x, residual, gamma = add_inputs((5, 6, 3), DOUBLES, device)
-    out = torch.func.vmap(lambda t, r: drop_path_add(t, r, 0.5, gamma=gamma))(x, residual)
-    torch.testing.assert_close(out, residual + gamma * x)
+    inputs = op.make((6, 3), device=device)
+    x = random_tensor((5, 6, 3), torch.float64, device, seed=5)
+    out = torch.func.vmap(lambda x: op([x, *inputs[1:]], 0.0))(x)
+    everything = torch.ones(6, dtype=torch.bool, device=device)
+    for entry, mapped in zip(out, x, strict=True):
+        op.assert_output(entry, [mapped, *inputs[1:]], everything, 1.0)
 
 
-def test_add_vmap_of_grad(device):
-    """Per-sample gradients of gamma: the usual composition of torch.func."""
-    x, residual, gamma = add_inputs((64, 4, 3), (torch.float32,) * 3, device)
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda weight, x, residual: drop_path(x * weight, 0.5, training=True),
+        lambda weight, x, residual: drop_path_add(x, residual, 0.5, training=True, gamma=weight),
+    ],
+    ids=["weight_of_drop_path", "gamma_of_drop_path_add"],
+)
+def test_vmap_of_grad(device, function):
+    """Per-sample gradients: the usual composition of torch.func."""
+    x, residual, weight = add_inputs((64, 4, 3), (torch.float32,) * 3, device)
 
-    def loss(weight, t, r):
-        return drop_path_add(t, r, 0.5, training=True, gamma=weight).sum()
+    def loss(weight, x, residual):
+        return function(weight, x, residual).sum()
 
-    grads = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0), randomness="different")(gamma, x, residual)
+    grads = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0), randomness="different")(weight, x, residual)
     # Each of the four rows of an entry is kept or not: the gradient is one of the 16 sums of rows, times 2.
     choices = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 4).to(device)
     sums = 2 * torch.einsum("ck,nkf->ncf", choices, x)
@@ -643,209 +428,78 @@ def test_add_vmap_of_grad(device):
     assert len(distance.argmin(1).unique()) > 8
 
 
-# --- drop_path_add: activation checkpointing, the op itself ---
+@pytest.mark.parametrize("op", OPS)
+def test_forward_over_reverse(device, op):
+    """A graph that the kernels built meets a tangent only in its backward pass: it must not get lost there."""
+    inputs = _all_requiring(op, (12, 4), device=device)
+    weight, tangent = (random_tensor((12, 4), torch.float64, device, seed=seed) for seed in (5, 6))
+    out = op(inputs)
+    keep = op.keep(out, inputs)
+    assert 0 < keep.sum() < 12
+    with forward_ad.dual_level():
+        grads = torch.autograd.grad(out, inputs, forward_ad.make_dual(weight, tangent))
+        primals, tangents = zip(*(forward_ad.unpack_dual(grad) for grad in grads), strict=True)
+    plain = op.formula(inputs, keep, op.scale(12, 0.5))
+    for actual, values in ((primals, weight), (tangents, tangent)):
+        _assert_near(op, actual, torch.autograd.grad(plain, inputs, values, retain_graph=True))
+    if "residual" in op.inputs:
+        assert_same_bits(primals[1], weight)
+        assert_same_bits(tangents[1], tangent)
 
 
-@pytest.mark.parametrize("use_reentrant", [True, False])
-@pytest.mark.parametrize("mode", ["row", "batch"])
-@pytest.mark.parametrize("dtypes", [t for t in FUSED_ADD_DTYPES if t[0] in (t[1], torch.bfloat16)], ids=dtypes_id)
-def test_add_checkpointing_recomputes_the_same_mask(device, use_reentrant, mode, dtypes):
-    data, shortcut, gamma = add_inputs((64, 5), dtypes, device)
+@pytest.mark.parametrize("op", OPS)
+def test_jvp_of_a_gradient(device, op):
+    inputs = _all_requiring(op, (12, 4), device=device)
+    weight, tangent = (random_tensor((12, 4), torch.float64, device, seed=seed) for seed in (5, 6))
+    out = op(inputs)
+    _, tangents = torch.func.jvp(
+        lambda grad: torch.autograd.grad(out, inputs, grad, retain_graph=True), (weight,), (tangent,)
+    )
+    plain = op.formula(inputs, op.keep(out, inputs), op.scale(12, 0.5))
+    _assert_near(op, tangents, torch.autograd.grad(plain, inputs, tangent))
 
-    def block(x, residual, weight=None):
-        out = drop_path_add(torch.tanh(x), residual, 0.5, training=True, gamma=weight, mode=mode)
-        return drop_path_add(torch.tanh(out).to(x.dtype), residual, 0.5, training=True, gamma=weight, mode=mode)
+
+@pytest.mark.parametrize(("op", "dual"), [(op, name) for op in (DROP_PATH, ADD_GAMMA) for name in op.inputs])
+def test_native_ops_refuse_what_they_cannot_differentiate(device, op, dual):
+    tensors = dict(zip(op.inputs, op.make((6, 4), torch.float32, device), strict=True))
+    native = torch.ops.droppath_ext.drop_path if op is DROP_PATH else torch.ops.droppath_ext.drop_path_add
+    message = "x carries a tangent" if op is DROP_PATH else "carries a tangent"
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=message):
+        tensors[dual] = forward_ad.make_dual(tensors[dual], tensors[dual])
+        native(*tensors.values(), 0.5, True, True)
+
+
+# --- activation checkpointing ---
+
+
+@pytest.mark.parametrize(
+    ("op", "dtypes"), [(op, dtypes) for op in (*DROP_PATH_OPS, *BATCH_MODE_OPS) for dtypes in op.dtypes], ids=case_id
+)
+def test_checkpointing_recomputes_the_same_mask(device, op, dtypes):
+    data = op.make((64, 5), dtypes, device)
+
+    def block(x, *others):
+        out = op([torch.tanh(x), *others])
+        return op([torch.tanh(out).to(x.dtype), *others])
 
     def run(wrap):
         torch.manual_seed(11)
-        leaves = [t.clone().requires_grad_() for t in (data, shortcut, gamma) if t is not None]
+        leaves = [t.clone().requires_grad_() for t in data]
         out = wrap(*leaves)
-        drop_path(data, 0.5, training=True)  # the recomputation must not see where the generator is by then
+        drop_path(data[0], 0.5, training=True)  # the recomputation must not see where the generator is by then
         (out.float() ** 2).sum().backward()
         return [out, *(leaf.grad for leaf in leaves)]
 
-    checkpointed = run(lambda *leaves: checkpoint(block, *leaves, use_reentrant=use_reentrant))
-    for actual, expected in zip(checkpointed, run(block), strict=True):
-        assert_same_bits(actual, expected)
-
-
-@pytest.mark.parametrize("dual", ["x", "residual", "gamma"])
-def test_the_add_op_refuses_what_it_cannot_differentiate(device, dual):
-    tensors = dict(zip(("x", "residual", "gamma"), add_inputs((6, 4), (torch.float32,) * 3, device), strict=True))
-    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="carries a tangent"):
-        tensors[dual] = forward_ad.make_dual(tensors[dual], tensors[dual])
-        torch.ops.droppath_ext.drop_path_add(*tensors.values(), 0.5, True, True)
-
-
-# --- stochastic_depth ---
-
-
-def _skip_case(device, batch=6):
-    """x, gamma, a bias that comes along, and a weight; and the branch of them."""
-    x = random_tensor((batch, 4), torch.float64, device)
-    gamma, weight = (random_tensor((4,), torch.float64, device, seed=seed) for seed in (2, 3))
-    bias = random_tensor((batch, 4), torch.float64, device, seed=4)
-
-    def branch(rows, shift, weight):
-        return (rows * weight + shift).sin() * rows
-
-    return (x, gamma, bias, weight), branch
-
-
-def _skip(branch, sampling, device, drop_prob=0.5):
-    """A function of x, gamma, bias and weight that draws the same samples each time."""
-    on = "cpu" if sampling == "bernoulli" else device
-
-    def function(x, gamma, bias, weight):
-        return stochastic_depth(
-            x,
-            lambda rows, shift: branch(rows, shift, weight),
-            drop_prob,
-            training=True,
-            gamma=gamma,
-            batched=(bias,),
-            sampling=sampling,
-            generator=seeded(on, 3),
-        )
-
-    return function
-
-
-SKIP_SUBSETS = [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (1, 0, 0, 1), (1, 1, 1, 1)]
-
-
-@pytest.mark.parametrize("sampling", SAMPLINGS)
-@pytest.mark.parametrize("drop_prob", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("requiring", SKIP_SUBSETS)
-def test_skip_gradcheck(device, sampling, drop_prob, requiring):
-    """First and second derivatives, whichever of the tensors require them."""
-    tensors, branch = _skip_case(device)
-    inputs = [t.requires_grad_(bool(r)) for t, r in zip(tensors, requiring, strict=True)]
-    function = _skip(branch, sampling, device, drop_prob)
-    assert torch.autograd.gradcheck(function, inputs)
-    assert torch.autograd.gradgradcheck(function, inputs)
-
-
-@pytest.mark.parametrize("sampling", SAMPLINGS)
-def test_skip_second_derivatives_are_those_of_the_formula(device, sampling):
-    """Of a loss in which all of them meet."""
-    tensors, branch = _skip_case(device)
-    inputs = [t.requires_grad_() for t in tensors]
-    x, gamma, bias, weight = inputs
-    grad_outs = [random_tensor(t.shape, torch.float64, device, seed=9) for t in inputs]
-
-    def second(out):
-        first = torch.autograd.grad((out**3).sum(), inputs, create_graph=True)
-        return torch.autograd.grad(first, inputs, grad_outs)
-
-    out = _skip(branch, sampling, device)(*inputs)
-    keep = added_samples(out, x)
-    assert 0 < keep.sum() < 6
-    plain = skip_formula(x, branch(x, bias, weight), keep, 2.0, gamma)
-    for actual, expected in zip(second(out), second(plain), strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize("sampling", SAMPLINGS)
-def test_skip_two_backwards_use_the_same_samples(device, sampling):
-    tensors, branch = _skip_case(device, 40)
-    inputs = [t.requires_grad_() for t in tensors]
-    out = _skip(branch, sampling, device)(*inputs)
-    grads = [torch.autograd.grad(out.sum(), inputs, retain_graph=True) for _ in range(2)]
-    stochastic_depth(inputs[0], torch.sin, 0.5, training=True, sampling=sampling)
-    grads.append(torch.autograd.grad(out.sum(), inputs))
-    for others in grads[1:]:
-        for actual, expected in zip(others, grads[0], strict=True):
+    expected_tensors = run(block)
+    for use_reentrant in (True, False):
+        checkpointed = run(partial(checkpoint, block, use_reentrant=use_reentrant))
+        for actual, expected in zip(checkpointed, expected_tensors, strict=True):
             assert_same_bits(actual, expected)
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS)
-def test_skip_gradient_of_x_used_elsewhere_too(device, sampling):
-    """The gradients of the branch, of the residual and of what else reads x add up, in any order of use."""
-    data = random_tensor((10, 4), torch.float64, device).requires_grad_()
-    x = data * 2
-    before = x.cos()
-    out = stochastic_depth(x, torch.sin, 0.5, training=True, sampling=sampling)
-    after = (x**3).sum()
-    keep = added_samples(out, x)
-    assert 0 < keep.sum() < 10
-    weight = random_tensor((10, 4), torch.float64, device, seed=3)
-    (grad,) = torch.autograd.grad((out * weight).sum() + before.sum() + after, data)
-    value = x.detach()
-    expected = 2 * (weight + zero_dropped(2 * weight * value.cos(), keep) - value.sin() + 3 * value**2)
-    torch.testing.assert_close(grad, expected)
-
-
-@pytest.mark.parametrize("sampling", SAMPLINGS)
-def test_skip_gradient_of_the_branch_alone(device, sampling):
-    """Nothing arrives through the residual where a loss takes only what the branch made, and the other way round."""
-    x = random_tensor((10, 4), torch.float64, device).requires_grad_()
-    rows = []
-
-    def branch(t):
-        rows.append(t.sin())
-        return rows[-1].detach() if len(rows) > 1 else rows[-1]
-
-    out = stochastic_depth(x, branch, 0.5, training=True, sampling=sampling)
-    keep = added_samples(out, x)
-    (grad,) = torch.autograd.grad(rows[0].sum(), x, retain_graph=True)
-    torch.testing.assert_close(grad, zero_dropped(x.detach().cos(), keep))
-    out = stochastic_depth(x, branch, 0.5, training=True, sampling=sampling)
-    (grad,) = torch.autograd.grad(out.sum(), x)
-    assert_same_bits(grad, torch.ones_like(x))
-
-
-@pytest.mark.parametrize("sampling", SAMPLINGS)
-def test_skip_in_a_stack_of_blocks(device, sampling):
-    """Each x is the output of the block before."""
-    weights = [random_tensor((4,), torch.float64, device, seed=seed).requires_grad_() for seed in range(4)]
-    x = random_tensor((10, 4), torch.float64, device, seed=9).requires_grad_()
-    out, plain = x, x
-    for weight in weights:
-        before = out
-
-        def branch(rows, weight=weight):
-            return (rows * weight).tanh()
-
-        out = stochastic_depth(before, branch, 0.4, training=True, sampling=sampling)
-        keep = added_samples(out, before)
-        plain = skip_formula(plain, branch(plain), keep, 1 / 0.6 if sampling == "bernoulli" else 10 / 6)
-    torch.testing.assert_close(out, plain)
-    grads = (torch.autograd.grad((result**2).sum(), [x, *weights]) for result in (out, plain))
-    for actual, expected in zip(*grads, strict=True):
-        torch.testing.assert_close(actual, expected)
-
-
-@pytest.mark.parametrize("sampling", SAMPLINGS)
-def test_skip_expanded_gradient(device, sampling):
-    """As sum() sends it."""
-    x = random_tensor((10, 3, 4), device=device).requires_grad_()
-    gamma = random_tensor((4,), device=device, seed=2).requires_grad_()
-    out = stochastic_depth(x, torch.sin, 0.5, training=True, gamma=gamma, sampling=sampling)
-    keep = added_samples(out, x)
-    out.sum().backward()
-    value = x.detach()
-    torch.testing.assert_close(x.grad, 1 + zero_dropped(2 * gamma.detach() * value.cos(), keep))
-    torch.testing.assert_close(gamma.grad, zero_dropped(2 * value.sin(), keep).sum((0, 1)))
-
-
-@pytest.mark.parametrize("sampling", SAMPLINGS)
-def test_skip_batched_gradients(device, sampling):
-    """is_grads_batched sends a vmapped gradient into the backward ops."""
-    tensors, branch = _skip_case(device)
-    inputs = [t.requires_grad_() for t in tensors]
-    out = _skip(branch, sampling, device)(*inputs)
-    grads = random_tensor((3, 6, 4), torch.float64, device, seed=5)
-    batched = torch.autograd.grad(out, inputs, grads, retain_graph=True, is_grads_batched=True)
-    for place, grad in enumerate(grads):
-        for actual, expected in zip(batched, torch.autograd.grad(out, inputs, grad, retain_graph=True), strict=True):
-            torch.testing.assert_close(actual[place], expected)
-
-
-@pytest.mark.parametrize("use_reentrant", [True, False])
-@pytest.mark.parametrize("sampling", SAMPLINGS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(
+    ("use_reentrant", "sampling", "dtype", "autocast"), pairwise([True, False], SAMPLINGS, DTYPES, [False, True])
+)
 def test_skip_checkpointing_recomputes_the_same_samples(device, use_reentrant, sampling, dtype, autocast):
     """Bernoulli draws on the host: the CPU generator's state, too, is restored for the recomputation."""
     data = random_tensor((16, 5, 8), dtype, device)
@@ -875,122 +529,26 @@ def test_skip_checkpointing_recomputes_the_same_samples(device, use_reentrant, s
         assert_same_bits(tensor, plain)
 
 
-# --- stochastic_depth: forward mode and torch.func ---
+# --- what is one op's own ---
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
-@pytest.mark.parametrize("dual", SKIP_SUBSETS)
-@pytest.mark.parametrize("api", ["forward_ad", "func.jvp"])
-def test_skip_forward_mode(device, sampling, dual, api):
-    """A tangent on x, gamma, what comes along or a parameter, on one of them alone too, is carried on."""
-    tensors, branch = _skip_case(device, 12)
-    tangents = [random_tensor(t.shape, torch.float64, device, seed=10 + place) for place, t in enumerate(tensors)]
-    places = [place for place in range(4) if dual[place]]
+def test_skip_gradient_of_the_branch_alone(device, sampling):
+    """Nothing arrives through the residual where a loss takes only what the branch made, and the other way round."""
+    x = random_tensor((10, 4), torch.float64, device).requires_grad_()
+    rows = []
 
-    def function(*duals):
-        inputs = list(tensors)
-        for place, tensor in zip(places, duals, strict=True):
-            inputs[place] = tensor
-        x, gamma, bias, weight = inputs
-        return stochastic_depth(
-            x, lambda r, s: branch(r, s, weight), 0.5, True, gamma=gamma, batched=(bias,), sampling=sampling
-        )
+    def branch(t):
+        rows.append(t.sin())
+        return rows[-1].detach() if len(rows) > 1 else rows[-1]
 
-    if api == "forward_ad":
-        with forward_ad.dual_level():
-            duals = [forward_ad.make_dual(tensors[place], tangents[place]) for place in places]
-            out, out_tangent = forward_ad.unpack_dual(function(*duals))
-            assert out_tangent is not None
-    else:
-        out, out_tangent = torch.func.jvp(
-            function, tuple(tensors[place] for place in places), tuple(tangents[place] for place in places)
-        )
-    keep = added_samples(out, tensors[0])
-    assert 0 < keep.sum() < 12
-
-    def formula(x, gamma, bias, weight):
-        return skip_formula(x, branch(x, bias, weight), keep, 2.0, gamma)
-
-    used = [t if dual[place] else torch.zeros_like(t) for place, t in enumerate(tangents)]
-    expected, expected_tangent = torch.func.jvp(formula, tuple(tensors), tuple(used))
-    torch.testing.assert_close(out, expected)
-    torch.testing.assert_close(out_tangent, expected_tangent)
-
-
-@pytest.mark.parametrize("sampling", SAMPLINGS)
-def test_skip_func_grad(device, sampling):
-    tensors, branch = _skip_case(device, 12)
-
-    def loss(x, gamma, bias, weight):
-        out = stochastic_depth(
-            x, lambda r, s: branch(r, s, weight), 0.5, True, gamma=gamma, batched=(bias,), sampling=sampling
-        )
-        return (out**2).sum(), out
-
-    grads, out = torch.func.grad(loss, argnums=(0, 1, 2, 3), has_aux=True)(*tensors)
-    keep = added_samples(out, tensors[0])
-    assert 0 < keep.sum() < 12
-
-    def plain(x, gamma, bias, weight):
-        return (skip_formula(x, branch(x, bias, weight), keep, 2.0, gamma) ** 2).sum()
-
-    for actual, expected in zip(grads, torch.func.grad(plain, argnums=(0, 1, 2, 3))(*tensors), strict=True):
-        torch.testing.assert_close(actual, expected)
-
-
-@pytest.mark.parametrize("sampling", SAMPLINGS)
-def test_skip_forward_over_reverse(device, sampling):
-    """A graph that the kernels built meets a tangent only in its backward pass: it must not get lost there."""
-    tensors, branch = _skip_case(device, 12)
-    inputs = [t.requires_grad_() for t in tensors]
-    weight, tangent = (random_tensor((12, 4), torch.float64, device, seed=seed) for seed in (5, 6))
-    out = _skip(branch, sampling, device)(*inputs)
-    with forward_ad.dual_level():
-        grads = torch.autograd.grad(out, inputs, forward_ad.make_dual(weight, tangent), retain_graph=True)
-        duals = [forward_ad.unpack_dual(grad) for grad in grads]
-    for values, place in ((weight, 0), (tangent, 1)):
-        for dual, expected in zip(duals, torch.autograd.grad(out, inputs, values, retain_graph=True), strict=True):
-            torch.testing.assert_close(dual[place], expected)
-
-
-def test_skip_vmap_draws_a_subset_for_each_entry(device):
-    """The count of "fixed" is the same for every entry, which is all that vmap needs."""
-    x = random_tensor((30, 8, 3), torch.float64, device)
-    out = torch.func.vmap(
-        lambda t: stochastic_depth(t, torch.sin, 0.5, training=True, sampling="fixed"), randomness="different"
-    )(x)
-    keep = (out != x).any(-1)
-    assert keep.sum(1).eq(4).all()
-    assert len({tuple(row) for row in keep.tolist()}) > 10
-    torch.testing.assert_close(out, x + torch.where(keep[..., None], 2 * x.sin(), 0.0))
-
-
-@pytest.mark.parametrize("sampling", SAMPLINGS)
-def test_skip_vmap_with_one_subset_for_all(device, sampling):
-    x = random_tensor((5, 16, 3), torch.float64, device)
-    function = torch.func.vmap(
-        lambda t: stochastic_depth(t, torch.sin, 0.5, training=True, sampling=sampling), randomness="same"
-    )
-    out = function(x)
-    keep = (out != x).any(-1)
-    assert 0 < keep[0].sum() < 16
-    assert keep.eq(keep[0]).all()
-    torch.testing.assert_close(out, x + torch.where(keep[..., None], 2 * x.sin(), 0.0))
-
-
-@pytest.mark.parametrize("sampling", SAMPLINGS)
-def test_skip_vmap_refuses_to_draw_unless_told_how(device, sampling):
-    function = torch.func.vmap(lambda t: stochastic_depth(t, torch.sin, 0.5, training=True, sampling=sampling))
-    with pytest.raises(RuntimeError, match="randomness"):
-        function(random_tensor((5, 16, 3), torch.float64, device))
-
-
-@pytest.mark.parametrize("sampling", SAMPLINGS)
-def test_skip_vmap_where_nothing_is_dropped(device, sampling):
-    """No draw, so the default randomness="error" has nothing to object to."""
-    x = random_tensor((5, 6, 3), torch.float64, device)
-    out = torch.func.vmap(lambda t: stochastic_depth(t, torch.sin, 0.5, sampling=sampling))(x)
-    torch.testing.assert_close(out, x + x.sin())
+    out = stochastic_depth(x, branch, 0.5, training=True, sampling=sampling)
+    keep = added_samples(out, x)
+    (grad,) = torch.autograd.grad(rows[0].sum(), x, retain_graph=True)
+    torch.testing.assert_close(grad, zero_dropped(x.detach().cos(), keep))
+    out = stochastic_depth(x, branch, 0.5, training=True, sampling=sampling)
+    (grad,) = torch.autograd.grad(out.sum(), x)
+    assert_same_bits(grad, torch.ones_like(x))
 
 
 SOURCES = {

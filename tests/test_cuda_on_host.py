@@ -24,7 +24,7 @@ RUNS = {
     "ops": ("plain", "tests/test_ops.py", "-k", "not opcheck and not gradcheck and not meta and not refuse"),
     "formulas": (
         *("plain", "tests/test_fuse.py", "tests/test_semantics.py"),
-        *("-k", "error_is or one_copy or test_add_formula"),
+        *("-k", "error_is or one_copy or test_formula"),
     ),
     "layouts": ("plain", "tests/test_layouts.py", "-k", "misaligned or outside or gathered_rows or any_view"),
     "draws": ("plain", "tests/test_random.py", "tests/test_sampling.py", "-k", "predicted or threads_share"),

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -21,16 +22,17 @@ from conftest import (
     assert_positive_zero,
     assert_rounded_once,
     assert_same_bits,
-    checked_add,
+    case_id,
     dtypes_id,
     exact_add,
-    expected_drop_path,
     formula,
     generator_state,
     kept_samples,
+    pairwise,
     predict_keep,
     random_tensor,
 )
+from op_cases import ADD, ADD_GAMMA, BATCH_MODE_OPS, DROP_PATH, DROP_PATH_OPS, OPS
 
 from droppath_ext import DropPath, DropPathAdd, drop_path, drop_path_add, reference
 
@@ -85,18 +87,23 @@ def test_identity_returns_the_same_object(device, drop_prob, training, mode):
 # --- kept and dropped samples ---
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("scale_by_keep", [True, False])
-@pytest.mark.parametrize("mode", ["row", "batch"])
-@pytest.mark.parametrize("drop_prob", [0.1, 0.5, 0.9])
-def test_formula(device, dtype, scale_by_keep, mode, drop_prob):
-    x = random_tensor((64, 3, 5), dtype, device)
-    for _ in range(4):  # "batch" draws once a call: a few calls see both outcomes
-        keep, expected = expected_drop_path(x, drop_prob, scale_by_keep, mode)
-        out = drop_path(x, drop_prob, True, scale_by_keep, mode=mode)
-        assert_same_bits(out, expected)
-        by_table = formula(x, keep.expand(64), drop_prob, scale_by_keep)
-        torch.testing.assert_close(out.double(), by_table, **TOLERANCES[dtype])
+# Both modes of an op, and what they draw.
+MODES = tuple(zip(DROP_PATH_OPS, BATCH_MODE_OPS, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("op", "dtypes", "scale_by_keep", "drop_prob"),
+    [case for modes in MODES for case in pairwise(modes, modes[0].dtypes, [True, False], [0.1, 0.5, 0.9])],
+    ids=case_id,
+)
+def test_formula(device, op, dtypes, scale_by_keep, drop_prob):
+    """Forward and backward."""
+    for _ in range(4 if op in BATCH_MODE_OPS else 1):  # "batch" draws once a call: a few calls see both outcomes
+        inputs = op.make((64, 3, 5), dtypes, device)
+        out = op.checked(inputs, drop_prob, scale_by_keep)
+        if op.inputs == ("x",):
+            by_table = formula(inputs[0], kept_samples(out), drop_prob, scale_by_keep)
+            torch.testing.assert_close(out.detach().double(), by_table, **TOLERANCES[dtypes[0]])
 
 
 def test_kept_values_are_rounded_once(device):
@@ -130,11 +137,44 @@ def test_no_formula_of_floor(device, dtype):
     assert set(out.unique().tolist()) == {0.0, kept.item()}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("value", HOSTILE)
-@pytest.mark.parametrize("features", [1, 8, 37, 5000])
-def test_dropped_samples_are_positive_zero(device, dtype, value, features):
-    """Whatever lies in a dropped sample, NaN and Inf included: it is not read, and neither is its gradient."""
+@pytest.mark.parametrize(
+    ("op", "value", "features"),
+    pairwise(DROP_PATH_OPS, [float("nan"), float("inf"), -float("inf")], [1, 8, 37, 2500, 5000]),
+)
+def test_dropped_samples_are_never_read(device, op, value, features):
+    """NaN and Inf in a dropped sample of x leak into no output and no gradient, that of gamma included."""
+    for dtypes in op.dtypes:
+        inputs = op.make((16, features), dtypes, device)
+        keep = predict_keep(inputs[0], 0.5)
+        assert 0 < keep.sum() < 16
+        inputs[0][~keep] = value
+        out = op.checked(inputs)
+        assert out.isfinite().all()
+        assert_same_bits(out[~keep], op.dropped(inputs)[~keep].to(out.dtype))
+
+
+@pytest.mark.parametrize(("op", "value", "features"), pairwise(DROP_PATH_OPS, HOSTILE, [1, 8, 37, 5000]))
+def test_gradient_of_dropped_samples_is_positive_zero(device, op, value, features):
+    """Whatever gradient comes in there: x gets +0, gamma nothing, and the residual all of it."""
+    for dtypes in op.dtypes:
+        inputs = [t.requires_grad_() for t in op.make((16, features), dtypes, device)]
+        keep = predict_keep(inputs[0], 0.5)
+        assert 0 < keep.sum() < 16
+        out = op(inputs)
+        grad = random_tensor(out.shape, out.dtype, device, seed=3)
+        clean = dict(zip(op.inputs, torch.autograd.grad(out, inputs, grad, retain_graph=True), strict=True))
+        grad[~keep] = value
+        grads = dict(zip(op.inputs, torch.autograd.grad(out, inputs, grad), strict=True))
+        assert_positive_zero(grads["x"][~keep])
+        if "residual" in grads:
+            assert_same_bits(grads.pop("residual"), grad.to(dtypes[1]))
+        for name, actual in grads.items():
+            assert_same_bits(actual, clean[name])
+
+
+@pytest.mark.parametrize(("dtype", "value", "features"), pairwise(DTYPES, HOSTILE, [1, 8, 37, 5000]), ids=case_id)
+def test_kept_samples_may_hold_anything(device, dtype, value, features):
+    """NaN, Inf and -0 in x and in the gradient are multiplied like any number, and are +0 where they are dropped."""
     x = torch.full((16, features), value, dtype=dtype, device=device, requires_grad=True)
     keep = predict_keep(x, 0.5)
     assert 0 < keep.sum() < 16
@@ -145,40 +185,53 @@ def test_dropped_samples_are_positive_zero(device, dtype, value, features):
         torch.testing.assert_close(result[keep], (x * 2)[keep], rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("scale_by_keep", [True, False])
-@pytest.mark.parametrize("mode", ["row", "batch"])
-@pytest.mark.parametrize("drop_prob", [1.0, 1])
-def test_drop_prob_one(device, dtype, scale_by_keep, mode, drop_prob):
-    x = torch.tensor(HOSTILE, dtype=dtype, device=device).repeat(50, 3).requires_grad_()
-    out = drop_path(x, drop_prob, True, scale_by_keep, mode=mode)
-    assert out.shape == x.shape
-    assert out.dtype == dtype
-    assert_positive_zero(out)
-    (grad,) = torch.autograd.grad(out, x, torch.full_like(out, -float("inf")))
-    assert_positive_zero(grad)
+@pytest.mark.parametrize(
+    ("op", "scale_by_keep", "drop_prob"), pairwise((*DROP_PATH_OPS, *BATCH_MODE_OPS), [True, False], [1.0, 1])
+)
+def test_drop_prob_one(device, op, scale_by_keep, drop_prob):
+    """What a dropped sample is and no gradient, whatever x, gamma and the incoming gradient hold."""
+    for dtypes in op.dtypes:
+        named = dict(zip(op.inputs, op.make((50, 15), dtypes, device), strict=True))
+        named["x"] = torch.tensor(HOSTILE, dtype=dtypes[0], device=device).repeat(50, 3)
+        if op.has_gamma:
+            named["gamma"] = torch.tensor(HOSTILE, dtype=dtypes[2], device=device).repeat(3)
+        inputs = [named[name].requires_grad_() for name in op.inputs]
+        out = op(inputs, drop_prob, True, scale_by_keep)
+        assert_same_bits(out, op.dropped(inputs).to(out.dtype))
+        grad = torch.full_like(out, -float("inf"))
+        for name, actual in zip(op.inputs, torch.autograd.grad(out, inputs, grad), strict=True):
+            if name == "residual":
+                assert_same_bits(actual, grad.to(dtypes[1]))
+            else:
+                assert_positive_zero(actual)
 
 
-def test_drop_prob_next_to_the_ends(device):
+@pytest.mark.parametrize("op", DROP_PATH_OPS)
+def test_drop_prob_next_to_the_ends(device, op):
     """The smallest and the largest drop_prob in (0, 1): nearly certain outcomes, never NaN."""
-    x = random_tensor((1000, 3), device=device)
-    assert_same_bits(drop_path(x, 5e-324, training=True), x)
-    assert_positive_zero(drop_path(x, 1 - 2**-53, training=True))
+    inputs = op.make((1000, 3), torch.float32, device)
+    assert_same_bits(op(inputs, 5e-324), op(inputs, 0.0))
+    assert_same_bits(op(inputs, 1 - 2**-53), op.dropped(inputs))
 
 
-@pytest.mark.parametrize("number", [np.float64(0.5), np.float32(0.5), Fraction(1, 2)])
-def test_drop_prob_of_other_number_types(device, number):
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("number", [np.float64(0.5), np.float32(0.5), Fraction(1, 2)], ids=lambda n: type(n).__name__)
+def test_drop_prob_of_other_number_types(device, op, number):
     """Schedules hand over what numpy computed."""
-    x = random_tensor((50, 3), device=device)
-    _, expected = expected_drop_path(x, 0.5)
-    assert_same_bits(drop_path(x, number, training=True), expected)
+    inputs = op.make((50, 3), torch.float32, device)
+    torch.manual_seed(1)
+    expected = op(inputs, 0.5)
+    torch.manual_seed(1)
+    out = op(inputs, number)
+    assert_same_bits(out, expected)
+    op.assert_output(out, inputs, op.keep(out, inputs), 2.0)
 
 
-@pytest.mark.parametrize("mode", ["row", "batch"])
-def test_draws_per_mode(device, mode):
-    x = torch.ones(200, 3, device=device)
-    outcomes = [kept_samples(drop_path(x, 0.5, training=True, mode=mode)).float().mean().item() for _ in range(30)]
-    if mode == "batch":
+@pytest.mark.parametrize("op", (*DROP_PATH_OPS, *BATCH_MODE_OPS))
+def test_draws_per_mode(device, op):
+    inputs = op.make((200, 3), torch.float32, device)
+    outcomes = [op.keep(op(inputs), inputs).float().mean().item() for _ in range(30)]
+    if op in BATCH_MODE_OPS:
         assert set(outcomes) == {0.0, 1.0}
     else:
         assert all(0.2 < share < 0.8 for share in outcomes)
@@ -208,42 +261,51 @@ def test_saves_the_keep_mask_only(device, mode, path):
     assert out.untyped_storage().data_ptr() not in storages
 
 
-@pytest.mark.parametrize("mode", ["row", "batch"])
-def test_in_place_use_of_output_and_input_is_legal(device, mode):
-    shortcut = random_tensor((8, 5), device=device, seed=1).requires_grad_()
-    weight = random_tensor((8, 5), device=device, seed=2).requires_grad_()
-    x = weight * 1
-    keep = predict_keep(x, 0.5, mode)
-    out = drop_path(x, 0.5, training=True, mode=mode)
+@pytest.mark.parametrize("op", [op for modes in MODES[:2] for op in modes])
+def test_in_place_use_of_output_and_inputs_is_legal(device, op):
+    """Nothing but what a gradient needs is kept, so what it does not need may be overwritten."""
+    leaves = [t.requires_grad_() for t in op.make((8, 5), torch.float32, device)]
+    shortcut = random_tensor((8, 5), device=device, seed=2).requires_grad_()
+    inner = [t * 1 for t in leaves]
+    keep = predict_keep(leaves[0], 0.5, op.options.get("mode", "row"))
+    out = op(inner)
     out += shortcut
-    x.zero_()
+    out.mul_(2)
+    for tensor in inner:
+        tensor.zero_()
     out.sum().backward()
-    expected = reference.apply_keep_mask(torch.ones_like(weight), keep, 2.0)
-    assert_same_bits(weight.grad, expected)
-    assert_same_bits(shortcut.grad, torch.ones_like(shortcut))
+    twos = torch.full_like(shortcut, 2.0)
+    assert_same_bits(leaves[0].grad, reference.apply_keep_mask(twos, keep, 2.0))
+    for tensor in (shortcut, *leaves[1:]):
+        assert_same_bits(tensor.grad, twos)
 
 
-def test_output_is_a_new_tensor_even_if_every_sample_is_kept(device):
-    x = random_tensor((4, 3), device=device)
-    before = x.clone()
-    out = drop_path(x, 5e-324, training=True)
-    out.add_(1)
-    assert_same_bits(x, before)
+@pytest.mark.parametrize(
+    ("op", "drop_prob", "training"),
+    [
+        *((op, drop_prob, True) for op in OPS for drop_prob in (5e-324, 0.5, 1.0)),
+        *((op, drop_prob, training) for op in OPS[1:] for drop_prob, training in ((0.0, True), (0.5, False))),
+    ],
+)
+def test_output_is_a_new_tensor(device, op, drop_prob, training):
+    """Also where every sample is x's, or the residual's: writing to it changes no argument."""
+    for dtypes in op.dtypes:
+        inputs = op.make((8, 5), dtypes, device)
+        before = [t.clone() for t in inputs]
+        op(inputs, drop_prob, training).fill_(7)
+        for tensor, expected in zip(inputs, before, strict=True):
+            assert_same_bits(tensor, expected)
 
 
 # --- autocast and determinism ---
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("autocast_dtype", [torch.float16, torch.bfloat16])
-def test_autocast_casts_nothing(device, dtype, autocast_dtype):
-    x = random_tensor((16, 5), dtype, device).requires_grad_()
-    with torch.autocast(device.type, dtype=autocast_dtype):
-        keep, expected = expected_drop_path(x.detach(), 0.3)
-        out = drop_path(x, 0.3, training=True)
-    assert_same_bits(out, expected)
-    (grad,) = torch.autograd.grad(out.sum(), x)
-    assert_same_bits(grad, reference.apply_keep_mask(torch.ones_like(x), keep, reference.keep_scale(0.3, True)))
+@pytest.mark.parametrize("op", DROP_PATH_OPS)
+@pytest.mark.parametrize("autocast_dtype", HALF_DTYPES)
+def test_autocast_casts_nothing(device, op, autocast_dtype):
+    for dtypes in op.dtypes:
+        with torch.autocast(device.type, dtype=autocast_dtype):
+            op.checked(op.make((16, 5), dtypes, device), 0.3)
 
 
 def _assert_repeatable(run):
@@ -259,17 +321,18 @@ def _assert_repeatable(run):
             assert_same_bits(actual, expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_same_seed_same_bits(device, dtype):
-    x = random_tensor((257, 129), dtype, device)
+@pytest.mark.parametrize("op", DROP_PATH_OPS)
+def test_same_seed_same_bits(device, op):
+    for dtypes in op.dtypes:
+        tensors = op.make((257, 129), dtypes, device)
 
-    def run():
-        leaf = x.clone().requires_grad_()
-        torch.manual_seed(7)
-        out = drop_path(leaf, 0.4, training=True)
-        return out, torch.autograd.grad(out, leaf, x)[0]
+        def run(tensors=tensors):
+            leaves = [t.clone().requires_grad_() for t in tensors]
+            torch.manual_seed(7)
+            out = op(leaves, 0.4)
+            return out, *torch.autograd.grad(out, leaves, out.detach())
 
-    _assert_repeatable(run)
+        _assert_repeatable(run)
 
 
 # --- the module ---
@@ -284,19 +347,31 @@ def test_module_repr_and_attributes():
     assert not list(module.parameters())
 
 
+@pytest.mark.parametrize(("op", "dim"), [(DROP_PATH, None), (ADD, None), (ADD_GAMMA, 4), (ADD_GAMMA, (3, 1))])
 @pytest.mark.parametrize("scale_by_keep", [True, False])
 @pytest.mark.parametrize("mode", ["row", "batch"])
-def test_module_is_the_function(device, scale_by_keep, mode):
-    x = random_tensor((32, 4), device=device)
-    module = DropPath(0.3, scale_by_keep, mode)
+def test_module_is_the_function(device, op, dim, scale_by_keep, mode):
+    op = replace(op, options={"mode": mode})
+    inputs = [
+        t for name, t in zip(op.inputs, op.make((32, 3, 4), torch.float32, device), strict=True) if name != "gamma"
+    ]
+    if op.inputs == ("x",):
+        module = DropPath(0.3, scale_by_keep, mode)
+    else:
+        module = DropPathAdd(0.3, scale_by_keep, mode, dim, None if dim is None else 0.7).to(device)
+    assert (getattr(module, "gamma", None) is None) == (dim is None)
     for clone in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert dim is None or clone is module or clone.gamma is not module.gamma
+        arguments = inputs if dim is None else [*inputs, clone.gamma]
         torch.manual_seed(1)
-        expected = drop_path(x, 0.3, True, scale_by_keep, mode=mode)
+        expected = op(arguments, 0.3, True, scale_by_keep)
         torch.manual_seed(1)
-        assert_same_bits(clone(x), expected)
-        assert clone.eval()(x) is x
+        assert_same_bits(clone(*inputs), expected)
+        out = clone.eval()(*inputs)
+        assert_same_bits(out, op(arguments, 0.0))
+        assert out is inputs[0] or op.inputs != ("x",)
     module.train().drop_prob = 1.0  # schedules assign to the attribute between steps
-    assert_positive_zero(module(x))
+    assert_same_bits(module(*inputs), op.dropped(inputs))
 
 
 # --- drop_path_add: the specification by hand, and its result dtype ---
@@ -331,15 +406,6 @@ def test_add_result_dtype(device, dtypes):
 
 
 @pytest.mark.parametrize("dtypes", FUSED_ADD_DTYPES, ids=dtypes_id)
-@pytest.mark.parametrize("scale_by_keep", [True, False])
-@pytest.mark.parametrize("mode", ["row", "batch"])
-@pytest.mark.parametrize("drop_prob", [0.1, 0.5, 0.9])
-def test_add_formula(device, dtypes, scale_by_keep, mode, drop_prob):
-    for _ in range(3 if mode == "batch" else 1):  # "batch" draws once a call: a few calls see both outcomes
-        checked_add(*add_inputs((64, 3, 5), dtypes, device), drop_prob, scale_by_keep, mode)
-
-
-@pytest.mark.parametrize("dtypes", FUSED_ADD_DTYPES, ids=dtypes_id)
 def test_add_without_scale_is_a_plain_addition(device, dtypes):
     """scale_by_keep=False leaves nothing but residual + gamma * x in kept samples."""
     x, residual, gamma = add_inputs((64, 3, 5), dtypes, device)
@@ -359,81 +425,26 @@ def test_add_without_gamma_is_the_reference_bit_for_bit(device, dtypes, drop_pro
     assert_same_bits(out, reference.add_kept(x, residual, None, keep, 2.0 if drop_prob else 1.0))
 
 
-@pytest.mark.parametrize("dtypes", FUSED_ADD_DTYPES, ids=dtypes_id)
+@pytest.mark.parametrize("op", [op for modes in MODES[1:] for op in modes])
 @pytest.mark.parametrize(("drop_prob", "training"), [(0.0, True), (0, True), (0.5, False), (1.0, False), (0.0, False)])
-@pytest.mark.parametrize("mode", ["row", "batch"])
-def test_add_where_nothing_is_dropped(device, dtypes, drop_prob, training, mode):
+def test_add_where_nothing_is_dropped(device, op, drop_prob, training):
     """residual + gamma * x, with every gradient, and not a random number consumed."""
-    inputs = [t for t in add_inputs((9, 3, 5), dtypes, device) if t is not None]
-    x, residual, *gamma = [t.requires_grad_() for t in inputs]
-    gamma = gamma[0] if gamma else None
     everything = torch.ones(1, dtype=torch.bool, device=device)
-    before = generator_state(device)
-    out = drop_path_add(x, residual, drop_prob, training, gamma=gamma, mode=mode)
-    assert torch.equal(generator_state(device), before), "such a call must not consume random numbers"
-    assert_rounded_once(out, *exact_add(x, residual, gamma, everything, 1.0))
-    grad = random_tensor(out.shape, out.dtype, device, seed=3)
-    grad_x, grad_residual, *grad_gamma = torch.autograd.grad(out, inputs, grad)
-    exact = grad.double() if gamma is None else (grad.double() * gamma.double()).detach()
-    assert_rounded_once(grad_x, exact, exact.abs())
-    assert_same_bits(grad_residual, grad.to(residual.dtype))
-    if gamma is not None:
-        terms = (grad.double() * x.double()).detach()
-        assert_rounded_once(grad_gamma[0], terms.sum((0, 1)), terms.abs().sum((0, 1)))
-
-
-@pytest.mark.parametrize("dtypes", FUSED_ADD_DTYPES, ids=dtypes_id)
-@pytest.mark.parametrize("scale_by_keep", [True, False])
-@pytest.mark.parametrize("mode", ["row", "batch"])
-@pytest.mark.parametrize("drop_prob", [1.0, 1])
-def test_add_drop_prob_one(device, dtypes, scale_by_keep, mode, drop_prob):
-    """The residual and no gradient, whatever x, gamma and the incoming gradient hold."""
-    _, residual, gamma = add_inputs((50, 15), dtypes, device)
-    x = torch.tensor(HOSTILE, dtype=dtypes[0], device=device).repeat(50, 3).requires_grad_()
-    inputs = [x, residual.requires_grad_()]
-    if gamma is not None:
-        gamma = torch.tensor(HOSTILE, dtype=dtypes[2], device=device).repeat(3).requires_grad_()
-        inputs.append(gamma)
-    out = drop_path_add(x, residual, drop_prob, True, scale_by_keep, gamma=gamma, mode=mode)
-    assert_same_bits(out, residual.to(out.dtype))
-    grad = torch.full_like(out, -float("inf"))
-    grad_x, grad_residual, *grad_gamma = torch.autograd.grad(out, inputs, grad)
-    assert_same_bits(grad_residual, grad.to(residual.dtype))
-    for zero in (grad_x, *grad_gamma):
-        assert_positive_zero(zero)
-
-
-@pytest.mark.parametrize("dtypes", FUSED_ADD_DTYPES, ids=dtypes_id)
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("features", [1, 8, 37, 2500])
-def test_add_never_reads_dropped_samples(device, dtypes, value, features):
-    """NaN and Inf in a dropped sample of x leak into no output and no gradient, that of gamma included."""
-    x, residual, gamma = add_inputs((16, features), dtypes, device)
-    keep = predict_keep(x, 0.5)
-    assert 0 < keep.sum() < 16
-    x[~keep] = value
-    out = checked_add(x, residual, gamma)
-    assert out.isfinite().all()
-
-
-@pytest.mark.parametrize("dtypes", FUSED_ADD_DTYPES, ids=dtypes_id)
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.0, -1.0])
-@pytest.mark.parametrize("features", [1, 8, 37])
-def test_add_gradient_of_dropped_samples_is_positive_zero(device, dtypes, value, features):
-    """Whatever gradient comes in there: x gets +0, gamma nothing, and the residual all of it."""
-    inputs = [t.requires_grad_() for t in add_inputs((16, features), dtypes, device) if t is not None]
-    keep = predict_keep(inputs[0], 0.5)
-    assert 0 < keep.sum() < 16
-    out = drop_path_add(*inputs[:2], 0.5, training=True, gamma=inputs[2] if len(inputs) == 3 else None)
-    grad = random_tensor(out.shape, out.dtype, device, seed=3)
-    clean = torch.autograd.grad(out, inputs, grad, retain_graph=True)
-    grad[~keep] = value
-    grad_x, grad_residual, *grad_gamma = torch.autograd.grad(out, inputs, grad)
-    assert_positive_zero(grad_x[~keep])
-    assert_same_bits(grad_x, clean[0])
-    assert_same_bits(grad_residual, grad.to(inputs[1].dtype))
-    for actual in grad_gamma:
-        assert_same_bits(actual, clean[2])
+    for dtypes in op.dtypes:
+        inputs = [t.requires_grad_() for t in op.make((9, 3, 5), dtypes, device)]
+        x, residual, *gamma = inputs
+        before = generator_state(device)
+        out = op(inputs, drop_prob, training)
+        assert torch.equal(generator_state(device), before), "such a call must not consume random numbers"
+        op.assert_output(out, inputs, everything, 1.0)
+        grad = random_tensor(out.shape, out.dtype, device, seed=3)
+        grad_x, grad_residual, *grad_gamma = torch.autograd.grad(out, inputs, grad)
+        exact = (grad.double() * gamma[0].double()).detach() if gamma else grad.double()
+        assert_rounded_once(grad_x, exact, exact.abs())
+        assert_same_bits(grad_residual, grad.to(residual.dtype))
+        for actual in grad_gamma:
+            terms = (grad.double() * x.double()).detach()
+            assert_rounded_once(actual, terms.sum((0, 1)), terms.abs().sum((0, 1)))
 
 
 @pytest.mark.parametrize("dtypes", ADD_GAMMA_DTYPES, ids=dtypes_id)
@@ -462,60 +473,22 @@ def test_add_copies_every_bit_pattern_of_a_dropped_residual(device, dtype, with_
     assert_same_bits(drop_path_add(x, residual, 1.0, training=True, gamma=gamma), residual)
 
 
-@pytest.mark.parametrize("dtypes", FUSED_ADD_DTYPES, ids=dtypes_id)
+@pytest.mark.parametrize("op", [ADD, ADD_GAMMA])
 @pytest.mark.parametrize("value", [-0.0, 0.0, float("inf"), -float("inf"), "tiny", "subnormal", "max"])
-def test_add_copies_dropped_residuals(device, dtypes, value):
-    info = torch.finfo(dtypes[1])
-    value = {"tiny": info.tiny, "subnormal": info.tiny * info.eps, "max": info.max}.get(value, value)
-    x, residual, gamma = add_inputs((64, 5), dtypes, device)
-    residual.fill_(value)
-    keep = predict_keep(x, 0.5)
-    assert 0 < keep.sum() < 64
-    out = drop_path_add(x, residual, 0.5, training=True, gamma=gamma)
-    assert_same_bits(out[~keep], residual[~keep].to(out.dtype))
-
-
-def test_add_drop_prob_next_to_the_ends(device):
-    """The smallest and the largest drop_prob in (0, 1): nearly certain outcomes, never NaN."""
-    x, residual, gamma = add_inputs((1000, 3), (torch.float32,) * 3, device)
-    nothing_dropped = drop_path_add(x, residual, gamma=gamma)
-    assert_same_bits(drop_path_add(x, residual, 5e-324, training=True, gamma=gamma), nothing_dropped)
-    assert_same_bits(drop_path_add(x, residual, 1 - 2**-53, training=True, gamma=gamma), residual)
-
-
-@pytest.mark.parametrize("number", [np.float64(0.5), np.float32(0.5), Fraction(1, 2)])
-def test_add_drop_prob_of_other_number_types(device, number):
-    x, residual, _ = add_inputs((50, 3), (torch.float32, torch.float32, None), device)
-    keep = predict_keep(x, 0.5)
-    assert_same_bits(drop_path_add(x, residual, number, training=True), reference.add_kept(x, residual, None, keep, 2))
-
-
-@pytest.mark.parametrize("mode", ["row", "batch"])
-def test_add_draws_per_mode(device, mode):
-    x, residual, gamma = add_inputs((200, 3), (torch.float32,) * 3, device)
-    outcomes = []
-    for _ in range(30):
-        out = drop_path_add(x, residual, 0.5, training=True, gamma=gamma, mode=mode)
-        outcomes.append(added_samples(out, residual).float().mean().item())
-    if mode == "batch":
-        assert set(outcomes) == {0.0, 1.0}
-    else:
-        assert all(0.2 < share < 0.8 for share in outcomes)
+def test_add_copies_dropped_residuals(device, op, value):
+    for dtypes in op.dtypes:
+        info = torch.finfo(dtypes[1])
+        number = {"tiny": info.tiny, "subnormal": info.tiny * info.eps, "max": info.max}.get(value, value)
+        inputs = op.make((64, 5), dtypes, device)
+        x, residual = inputs[:2]
+        residual.fill_(number)
+        keep = predict_keep(x, 0.5)
+        assert 0 < keep.sum() < 64
+        out = op(inputs)
+        assert_same_bits(out[~keep], residual[~keep].to(out.dtype))
 
 
 # --- drop_path_add: aliases, autocast, determinism ---
-
-
-@pytest.mark.parametrize("dtypes", FUSED_ADD_DTYPES, ids=dtypes_id)
-@pytest.mark.parametrize(("drop_prob", "training"), [(0.0, True), (0.5, False), (0.5, True), (1.0, True)])
-def test_add_returns_a_new_tensor(device, dtypes, drop_prob, training):
-    """Also where every sample is the residual's: writing to the result changes no argument."""
-    inputs = add_inputs((8, 5), dtypes, device)
-    before = [t.clone() for t in inputs if t is not None]
-    out = drop_path_add(*inputs[:2], drop_prob, training, gamma=inputs[2])
-    out.fill_(7)
-    for tensor, expected in zip(inputs, before, strict=False):  # gamma may be None
-        assert_same_bits(tensor, expected)
 
 
 @pytest.mark.parametrize("x_is_residual", [False, True])
@@ -532,23 +505,6 @@ def test_add_of_a_tensor_to_itself(device, x_is_residual, with_gamma):
     (grad,) = torch.autograd.grad(out.sum(), x)
     factor = torch.full_like(x, 2.0) * (1.0 if gamma is None else gamma)
     torch.testing.assert_close(grad, (1 if x_is_residual else 3) + torch.where(keep[:, None], factor, 0.0).detach())
-
-
-@pytest.mark.parametrize("mode", ["row", "batch"])
-def test_add_in_place_use_of_output_and_inputs_is_legal(device, mode):
-    """Nothing but what a gradient needs is kept, so what it does not need may be overwritten."""
-    x, residual = (random_tensor((8, 5), device=device, seed=seed).requires_grad_() for seed in (0, 1))
-    hidden, shortcut = x * 1, residual * 1
-    keep = predict_keep(x, 0.5, mode)
-    out = drop_path_add(hidden, shortcut, 0.5, training=True, mode=mode)
-    out += 1
-    out.mul_(2)
-    hidden.zero_()
-    shortcut.zero_()
-    out.sum().backward()
-    twos = torch.full_like(x, 2.0)
-    assert_same_bits(x.grad, reference.apply_keep_mask(twos, keep, 2.0))
-    assert_same_bits(residual.grad, twos)
 
 
 def test_add_in_place_use_with_gamma(device):
@@ -568,26 +524,6 @@ def test_add_in_place_use_with_gamma(device):
     hidden.zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
-
-
-@pytest.mark.parametrize("dtypes", FUSED_ADD_DTYPES, ids=dtypes_id)
-@pytest.mark.parametrize("autocast_dtype", [torch.float16, torch.bfloat16])
-def test_add_autocast_casts_nothing(device, dtypes, autocast_dtype):
-    with torch.autocast(device.type, dtype=autocast_dtype):
-        checked_add(*add_inputs((16, 5), dtypes, device), drop_prob=0.3)
-
-
-@pytest.mark.parametrize("dtypes", FUSED_ADD_DTYPES, ids=dtypes_id)
-def test_add_same_seed_same_bits(device, dtypes):
-    x, residual, gamma = add_inputs((257, 129), dtypes, device)
-
-    def run():
-        leaves = [t.clone().requires_grad_() for t in (x, residual, gamma) if t is not None]
-        torch.manual_seed(7)
-        out = drop_path_add(*leaves[:2], 0.4, training=True, gamma=leaves[2] if len(leaves) == 3 else None)
-        return out, *torch.autograd.grad(out, leaves, out.detach())
-
-    _assert_repeatable(run)
 
 
 @pytest.mark.parametrize("dtypes", [dtypes for dtypes in FUSED_ADD_DTYPES if dtypes[2] is not None], ids=dtypes_id)
@@ -647,25 +583,6 @@ def test_add_module_initialised_with_zero():
     module = DropPathAdd(0.5, dim=3, init_values=0.0)
     assert_same_bits(module.gamma, torch.zeros(3))
     x, residual, _ = add_inputs((9, 3), (torch.float32, torch.float32, None))
-    assert_same_bits(module(x, residual), residual)
-
-
-@pytest.mark.parametrize("scale_by_keep", [True, False])
-@pytest.mark.parametrize("mode", ["row", "batch"])
-@pytest.mark.parametrize("dim", [None, 4, (3, 1)])
-def test_add_module_is_the_function(device, scale_by_keep, mode, dim):
-    x, residual, _ = add_inputs((32, 3, 4), (torch.float32, torch.float32, None), device)
-    module = DropPathAdd(0.3, scale_by_keep, mode, dim, None if dim is None else 0.7).to(device)
-    for clone in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
-        assert (clone.gamma is None) == (dim is None)
-        assert dim is None or clone is module or clone.gamma is not module.gamma
-        torch.manual_seed(1)
-        expected = drop_path_add(x, residual, 0.3, True, scale_by_keep, gamma=module.gamma, mode=mode)
-        torch.manual_seed(1)
-        assert_same_bits(clone(x, residual), expected)
-        expected = drop_path_add(x, residual, gamma=module.gamma)
-        assert_same_bits(clone.eval()(x, residual), expected)
-    module.train().drop_prob = 1.0  # schedules assign to the attribute between steps
     assert_same_bits(module(x, residual), residual)
 
 
