@@ -47,9 +47,10 @@ TWO_DTYPES = Change(
 )
 
 
-def vectors(alone: int, with_more: int) -> list[Change]:
+def vectors(alone: int, with_gamma: int, with_more: int) -> list[Change]:
     return [
         Change(ADD_KEPT_LAUNCHER, "kVectorsAlone = 4;", f"kVectorsAlone = {alone};"),
+        Change(ADD_KEPT_LAUNCHER, "kVectorsWithGamma = 2;", f"kVectorsWithGamma = {with_gamma};"),
         Change(ADD_KEPT_LAUNCHER, "kVectorsWithMore = 1;", f"kVectorsWithMore = {with_more};"),
     ]
 
@@ -86,11 +87,11 @@ def waves(factor: str) -> Change:
 
 VARIANTS: dict[str, list[Change]] = {
     "as it is": [],
-    "2 vectors alone or with vectors of gamma": vectors(2, 1),
-    "8 vectors alone or with vectors of gamma": vectors(8, 1),
-    "2 vectors with a residual or entries of gamma": vectors(4, 2),
-    "4 vectors always": vectors(4, 4),
-    "1 vector always": vectors(1, 1),
+    "2 vectors alone": vectors(2, 2, 1),
+    "8 vectors alone": vectors(8, 2, 1),
+    "1 vector with vectors of gamma": vectors(4, 1, 1),
+    "4 vectors with vectors of gamma": vectors(4, 4, 1),
+    "2 vectors with a residual or entries of gamma": vectors(4, 2, 2),
     "128 threads": [Change(TILING, "kThreads = 256;", "kThreads = 128;")],
     "512 threads": [Change(TILING, "kThreads = 256;", "kThreads = 512;")],
     "add_kept: 8 blocks a multiprocessor": [blocks(ADD_KEPT, "\n    add_kept_kernel(", 8)],

@@ -9,9 +9,10 @@
 namespace droppath_ext {
 namespace {
 
-// Vectors that a thread moves: alone or with vectors of gamma, and with a residual or single entries of gamma, which
-// give it enough to load. Measured on an H100 and an H200.
+// Vectors that a thread moves: alone, with vectors of gamma (four of those spill), and with a residual or single
+// entries of gamma, which give it enough to load. Measured on an H100 and an H200.
 constexpr int kVectorsAlone = 4;
+constexpr int kVectorsWithGamma = 2;
 constexpr int kVectorsWithMore = 1;
 
 // TR and TGamma are void where there is no residual and no gamma.
@@ -55,6 +56,7 @@ void add_kept(const at::Tensor& out, const std::optional<at::Tensor>& residual, 
   using Scalar = std::integral_constant<int, 1>;
   using Width = std::integral_constant<int, kWidth>;
   using Alone = std::integral_constant<int, kVectorsAlone>;
+  using WithGamma = std::integral_constant<int, kVectorsWithGamma>;
   using WithMore = std::integral_constant<int, kVectorsWithMore>;
   if constexpr (kHasGamma) {
     const Channels channels = find_channels(out, *gamma);
@@ -62,7 +64,7 @@ void add_kept(const at::Tensor& out, const std::optional<at::Tensor>& residual, 
     if (!vectorizes) {
       run(Scalar(), WithMore(), gamma_operand<TGamma, 1>(dense_gamma, channels));
     } else if (operand.is_aligned) {
-      run(Width(), Alone(), operand);
+      run(Width(), WithGamma(), operand);
     } else {
       run(Width(), WithMore(), operand);
     }
