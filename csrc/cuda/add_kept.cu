@@ -9,8 +9,9 @@
 namespace droppath_ext {
 namespace {
 
-// Vectors that a thread moves: alone, with vectors of gamma (four of those spill), and with a residual or single
-// entries of gamma, which give it enough to load. Measured on an H100 and an H200.
+// Vectors that a thread moves: alone, with vectors of gamma (more of those would spill, and so would two of float64 or
+// of several dtypes), and with a residual or single entries of gamma, which give it enough to load. Measured on an H100
+// and an H200.
 constexpr int kVectorsAlone = 4;
 constexpr int kVectorsWithGamma = 2;
 constexpr int kVectorsWithMore = 1;
@@ -56,7 +57,8 @@ void add_kept(const at::Tensor& out, const std::optional<at::Tensor>& residual, 
   using Scalar = std::integral_constant<int, 1>;
   using Width = std::integral_constant<int, kWidth>;
   using Alone = std::integral_constant<int, kVectorsAlone>;
-  using WithGamma = std::integral_constant<int, kVectorsWithGamma>;
+  constexpr bool kIsOneDtype = std::is_same_v<TO, TX> && std::is_same_v<TGamma, TX> && sizeof(TX) < sizeof(double);
+  using WithGamma = std::integral_constant<int, kIsOneDtype ? kVectorsWithGamma : kVectorsWithMore>;
   using WithMore = std::integral_constant<int, kVectorsWithMore>;
   if constexpr (kHasGamma) {
     const Channels channels = find_channels(out, *gamma);
