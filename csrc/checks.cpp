@@ -78,8 +78,7 @@ void check_count(const c10::SymInt& count, const c10::SymInt& samples) {
 
 void check_sources(const at::Tensor& sources, const at::Tensor& x) {
   const bool is_mask = sources.scalar_type() == at::kBool;
-  TORCH_CHECK_TYPE(is_mask || sources.scalar_type() == at::kLong,
-                   "sources must be a keep mask, bool, or an index, int64, but got ",
+  TORCH_CHECK_TYPE(is_mask || is_index(sources), "sources must be a keep mask, bool, or an index, int64, but got ",
                    c10::getDtypeNames(sources.scalar_type()).first);
   check_device(sources, "sources", x);
   const auto& samples = x.sym_size(0);
@@ -105,7 +104,7 @@ void check_add_kept_inputs(const at::Tensor& x, const at::Tensor& residual, cons
                            const at::Tensor& sources) {
   check_operands(x, residual, gamma);
   check_sources(sources, x);
-  const auto& samples = sources.scalar_type() == at::kLong ? sources.sym_size(0) : x.sym_size(0);
+  const auto& samples = is_index(sources) ? sources.sym_size(0) : x.sym_size(0);
   TORCH_CHECK_VALUE(samples == residual.sym_size(0), "residual must have the ", samples,
                     " samples that sources make of x, but got ", residual.sym_size(0));
   TORCH_CHECK_VALUE(x.sym_sizes().slice(1).equals(residual.sym_sizes().slice(1)),
@@ -120,7 +119,7 @@ void check_backward_inputs(const at::Tensor& grad, const std::optional<at::Tenso
   check_input(grad, "grad");
   check_sources(sources, grad);
   at::SymDimVector sizes(grad.sym_sizes());
-  if (sources.scalar_type() == at::kLong) {
+  if (is_index(sources)) {
     sizes[0] = sources.sym_size(0);
   }
   TORCH_CHECK_TYPE(is_same_or_wider(grad.scalar_type(), dtype), "no kernel reads grad of dtype ", grad.scalar_type(),

@@ -1,5 +1,6 @@
 """What every test shares: devices, dtypes, bitwise equality, and the prediction of the next keep mask."""
 
+import os
 from itertools import combinations, product
 
 import numpy as np
@@ -46,6 +47,11 @@ else:
     NO_CUDA_REASON = None
 # CUDA is appended rather than skipped test by test: test_cuda.py alone reports, once, why there is none.
 DEVICES = ["cpu"] if NO_CUDA_REASON else ["cpu", "cuda"]
+
+
+def runs_cuda_kernels(device):
+    """On a GPU; or on the CPU, where their source has taken the place of the CPU's (tests/cuda_on_host)."""
+    return device.type == "cuda" or "CUDA_ON_HOST_BUILD" in os.environ
 
 
 def dtypes_id(dtypes):

@@ -100,14 +100,13 @@ __global__ void __launch_bounds__(kThreads)
       }
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) {
-        F factor = scale;
         if constexpr (kHasGamma) {
-          factor = factors[j] * scale;
+          terms[j] *= factors[j];
         }
         if constexpr (kHasResidual) {
-          sums[j] += terms[j] * factor;
+          sums[j] += terms[j] * scale;
         } else {
-          sums[j] = terms[j] * factor;
+          sums[j] = terms[j] * scale;
         }
       }
       result = Vector<TO, kWidth>::from_opmath(sums);

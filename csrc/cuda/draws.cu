@@ -19,7 +19,6 @@ const bool draw_fixed_is_entered = (backend_of(at::DeviceType::CUDA).draw_fixed 
 
 }  // namespace
 
-// The state that the next draw starts from; the generator moves on.
 at::PhiloxCudaState next_philox_state(at::Device device, const std::optional<at::Generator>& generator) {
   auto* cuda_generator = at::get_generator_or_default<at::CUDAGeneratorImpl>(
       generator, at::cuda::detail::getDefaultCUDAGenerator(device.index()));

@@ -62,7 +62,7 @@ Gamma<T> gamma_operand(const at::Tensor& gamma, const Channels& channels) {
   return {values, is_whole, channels};
 }
 
-// `samples`: of the input.
+// For an input of `samples` samples.
 SourceLookup source_lookup(const Sources& sources, int64_t samples);
 
 // The state that the next draw starts from; the generator moves on.
