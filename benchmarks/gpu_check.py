@@ -74,7 +74,7 @@ STAGES: tuple[tuple[int, tuple[Part, ...]], ...] = (
             ),
             # opcheck takes minutes, and looks at what is no matter of the device.
             tests("ops", "gradient_of_the_op", "cuda and not opcheck and not derivatives"),
-            tests("geometry", "certain_outcomes"),
+            tests("geometry", "scatter_add"),
             tests("layouts", "one_dimensional"),
             tests("fuse semantics errors", "native_drop_prob"),
             tests("skip random", "few_samples"),

@@ -8,7 +8,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "rows.h"
+#include "cpu/loops.h"
 
 namespace droppath_ext {
 namespace {
@@ -30,11 +30,7 @@ void fill_slots(int64_t size, int64_t* slots, int64_t* kept, const IsKept& is_ke
 void draw_keep_mask(const at::Tensor& keep, uint64_t seed, uint64_t offset, double drop_prob) {
   auto* data = keep.mutable_data_ptr<bool>();
   const uint64_t threshold = keep_threshold(drop_prob);
-  const auto draw = [&](int64_t begin, int64_t end) {
-    for (int64_t sample = begin; sample < end; ++sample) {
-      data[sample] = draw_keep(seed, offset, sample, threshold);
-    }
-  };
+  const auto draw = [&](int64_t begin, int64_t end) { draw_samples(data, seed, offset, threshold, begin, end); };
   constexpr int64_t kGrainSize = at::internal::GRAIN_SIZE / 16;
   if (keep.numel() <= kGrainSize) {  // at::parallel_for would still ask OpenMP where it runs
     draw(0, keep.numel());

@@ -187,7 +187,7 @@ MUTANTS = [
     Mutant(
         "cpu_vector_tail",
         "the last element of a span is left out",
-        "csrc/cpu/span_loops.inc",
+        "csrc/cpu/loops.inc",
         "walk<kFull<F>>(i, n, body);",
         "walk<kFull<F>>(i, n - 1, body);",
         ("test_layouts.py::test_odd_sizes_have_no_tail_bugs",),
@@ -196,7 +196,7 @@ MUTANTS = [
     Mutant(
         "cpu_misaligned_stream",
         "lines are streamed to wherever a span begins",
-        "csrc/cpu/span_loops.inc",
+        "csrc/cpu/loops.inc",
         "const int64_t head = (",
         "const int64_t head = 0 * (",
         ("test_layouts.py::test_add_beyond_the_caches[cpu-contiguous-float32-float32-None]",),
@@ -205,7 +205,7 @@ MUTANTS = [
     Mutant(
         "cpu_missing_fence",
         "no fence behind streamed stores",
-        "csrc/cpu/spans.cpp",
+        "csrc/cpu/loops.cpp",
         "_mm_sfence();",
         "",
         ("test_fences.py::test_whoever_streams_is_fenced",),
@@ -223,7 +223,7 @@ MUTANTS = [
     Mutant(
         "cpu_missing_last_part",
         "a thread leaves out the part of a row that it ends with",
-        "csrc/cpu/span_loops.inc",
+        "csrc/cpu/loops.inc",
         "std::min(next_row_begin, range.end)",
         "std::min(next_row_begin, range.end / rows.length * rows.length)",
         ("test_layouts.py::test_shared_by_threads",),
@@ -241,7 +241,7 @@ MUTANTS = [
     Mutant(
         "cpu_few_channels",
         "a block of several rounds of gamma goes back by one round",
-        "csrc/cpu/spans.h",
+        "csrc/cpu/loops.h",
         "blocks <= 64 * kBlock ? blocks :",
         "blocks < 0 ? blocks :",
         ("test_layouts.py::test_add_odd_planes_have_no_tail_bugs",),

@@ -439,6 +439,16 @@ def test_add_beyond_the_caches(device, dtypes, layout):
         torch.testing.assert_close(grad_gamma[0], expected, **TOLERANCES[dtypes[2]])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=case_id)
+@pytest.mark.parametrize("sample_bytes", [64, 136, 512, 520])
+def test_small_samples_beyond_the_caches(device, dtype, sample_bytes):
+    """Streamed as whole lines: some samples end with a line of memory, some share it with the next one."""
+    length = sample_bytes // dtype.itemsize
+    x = random_tensor((2**23 // sample_bytes + 1003, length), dtype, device)
+    checked(x)
+    checked_add(x, x.flip(0), random_tensor((length,), dtype, device))
+
+
 @st.composite
 def add_arguments(draw):
     """x and residual, each of any layout, and gamma along any dim, or none."""

@@ -34,7 +34,7 @@ void add_kept(const at::Tensor& out, const std::optional<at::Tensor>& residual, 
                                       factors,
                                       /*is_copy=*/!gamma && scale == 1.0,
                                       in_place,
-                                      /*streams=*/!in_place && is_streamed(out, rows)};
+                                      /*streams=*/!in_place && is_streamed(out)};
   const RowCost cost = in_place ? RowCost{3, 0} : kHasResidual ? RowCost{3, 2} : RowCost{2, 1};
   parallel_rows(rows, addition.sources, cost, [&](Range range, int /*thread*/) { add_rows(addition, range); });
 }

@@ -24,7 +24,7 @@ void gamma_grad(const at::Tensor& grad_x, bool writes_grad_x, const at::Tensor& 
       {grad_rows.tensor.const_data_ptr<TG>(), grad_rows.strides},
       {x_rows.tensor.const_data_ptr<TX>(), x_rows.strides},
       factors,
-      /*streams=*/writes_grad_x && is_streamed(grad_x, rows)};
+      /*streams=*/writes_grad_x && is_streamed(grad_x)};
   const RowCost cost = writes_grad_x ? RowCost{3, 1} : RowCost{2, 0};
   c10::SmallVector<ChannelSums<F>, 1> sums;
   for (int thread = 0; thread < row_threads(rows); ++thread) {

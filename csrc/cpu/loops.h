@@ -1,5 +1,5 @@
-// The vectorised loops over rows. Compiled for several x86-64 levels and chosen when the library loads, so that one
-// portable wheel runs at the machine's full vector width.
+// The vectorised loops. Compiled for several x86-64 levels and chosen when the library loads, so that one portable
+// wheel runs at the machine's full vector width.
 #pragma once
 
 #include <ATen/OpMathType.h>
@@ -12,9 +12,6 @@
 #include "parallel_rows.h"
 
 namespace droppath_ext {
-
-// Nothing shorter is streamed: short streams between cached stores take up to twice the time of cached ones (Zen 4).
-constexpr int64_t kStreamedSpanBytes = 1024;
 
 // What x is multiplied by, element for element: the scale alone, or gamma * scale.
 template <typename F>
@@ -139,5 +136,8 @@ template <typename TO, typename TR, typename TX>
 void add_rows(const Addition<TO, TR, TX>& addition, Range range);
 template <typename TG, typename TX>
 void backward_rows(const Backward<TG, TX>& backward, Range range, ChannelSums<at::opmath_type<TG>>& sums);
+
+// keep[sample] = draw_keep(seed, offset, sample, threshold) for begin <= sample < end.
+void draw_samples(bool* keep, uint64_t seed, uint64_t offset, uint64_t threshold, int64_t begin, int64_t end);
 
 }  // namespace droppath_ext
