@@ -1,5 +1,6 @@
 """Stochastic depth (DropPath) for PyTorch as fast as the hardware allows."""
 
+from .convert import convert, drop_path_rates, restore, set_drop_path_rate
 from .functional import drop_path, drop_path_add, stochastic_depth
 from .modules import DropPath, DropPathAdd, StochasticDepth
 from .patch import patch_timm
@@ -10,8 +11,12 @@ __all__ = [
     "DropPathAdd",
     "StochasticDepth",
     "__version__",
+    "convert",
     "drop_path",
     "drop_path_add",
+    "drop_path_rates",
     "patch_timm",
+    "restore",
+    "set_drop_path_rate",
     "stochastic_depth",
 ]

@@ -1,0 +1,213 @@
+"""From a rewritten graph to source text that needs nothing but the original class."""
+
+import inspect
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Iterable
+from types import FunctionType, ModuleType
+from typing import Any
+
+from torch import fx, nn
+
+from .drops import DropPathKind, drop_path_kind
+from .trace import CannotPlan, Trace, submodule
+
+_HEADER = """\
+import torch
+from torch import Tensor as _dp_Tensor
+from droppath_ext.convert.runtime import missed as _dp_missed, same as _dp_same, watched as _dp_watched
+"""
+_FUNCTIONS = "from droppath_ext.functional import drop_path_add as _dp_add, stochastic_depth as _dp_skip\n"
+
+
+class Branch:
+    """A branch as a function of its own, ``branch(residual, *outside)``, and how the generated code calls it."""
+
+    def __init__(self, number: int, kind: DropPathKind, has_gamma: bool) -> None:
+        self.name = f"_dp_skip_{number}"
+        self.kind = kind
+        self.has_gamma = has_gamma
+        self.batched: tuple[int, ...] = ()  # which of the values from outside have samples, which are taken, too
+        self.min_rate = 0.0
+        self.call = _named_function(self.name)
+
+    def copy_nodes(self, inside: list[fx.Node], outside: list[fx.Node], residual: fx.Node, y: fx.Node) -> None:
+        self.graph = fx.Graph()
+        copies = {residual: self.graph.placeholder("taken")}
+        for i, node in enumerate(outside):
+            copies[node] = self.graph.placeholder(f"outside_{i}")
+        for node in inside:
+            copies[node] = self.graph.node_copy(node, copies.__getitem__)
+        self.graph.output(copies[y])
+        self.outside = [f"outside_{i}" for i in range(len(outside))]
+
+    def function(self, root: nn.Module) -> Callable[..., Any]:
+        imports, body = _body(self.graph)
+        source = f"{_HEADER}{imports}def branch(self, {', '.join(['taken', *self.outside])}):\n{body}"
+        namespace: dict[str, Any] = {"__name__": __name__}
+        exec(compile(source, "<droppath_ext: a branch>", "exec"), namespace)
+        branch = namespace["branch"]
+        return lambda *values: branch(root, *values)
+
+    def source(self) -> tuple[str, str]:
+        imports, body = _body(self.graph)
+        batched = [self.outside[i] for i in self.batched]
+        rest = [f"{name}={name}" for name in self.outside if name not in batched]
+        settings = ", ".join(
+            f"{name}=drop.{value}" if is_attribute else f"{name}={value!r}"
+            for name, value, is_attribute in self.kind.settings()
+        )
+        gamma = ", gamma=gamma" if self.has_gamma else ""
+        others = "".join(f", {name}" for name in self.outside)
+        is_row = ' and drop.mode == "row"' if self.kind.mode == "mode" else ""
+        skipped = settings.replace(", mode=drop.mode", "")
+        return imports, (
+            f"def {self.name}(self, drop, taken{others}{', gamma' if self.has_gamma else ''}):\n"
+            f"    def branch({', '.join(['taken', *batched, *rest])}):\n"
+            f"{textwrap.indent(body, '    ')}\n"
+            f"    if drop.training and drop.{self.kind.rate} >= {self.min_rate}{is_row}:\n"
+            f"        return _dp_skip(taken, branch, {skipped}{gamma}, batched=({''.join(f'{b}, ' for b in batched)}))\n"
+            f"    return _dp_add(branch(taken{''.join(', ' + b for b in batched)}), taken, {settings}{gamma})\n\n\n"
+        )
+
+
+def _named_function(name: str) -> Callable[..., Any]:
+    """Something for a node to call: its name is all that matters."""
+    function = FunctionType((lambda *args: None).__code__, {}, name)
+    function.__module__ = "droppath_ext"
+    function.__qualname__ = name
+    return function
+
+
+def _body(graph: fx.Graph, branches: Iterable[Branch] = ()) -> tuple[str, str]:
+    """Import statements, and the lines of a function whose arguments are the graph's placeholders."""
+    graph.lint()
+    code = graph.python_code("self")
+    text = code.src[code.src.index("def forward(") :].partition("\n")[2].rstrip() + "\n"
+    text = re.sub(r"\s*# type: ignore.*", "", text)
+    calls = {branch.call: branch.name for branch in branches}
+    imports = []
+    for name, value in sorted(code.globals.items()):
+        if not re.search(rf"\b{re.escape(name)}\b", text):
+            continue
+        if isinstance(value, FunctionType) and value in calls:
+            text = re.sub(rf"\b{re.escape(name)}\b", calls[value], text)
+        elif name != "torch":
+            imports.append(_import(name, value))
+    return "".join(imports), text
+
+
+def _import(name: str, value: Any) -> str:
+    if isinstance(value, ModuleType):
+        return f"import {value.__name__} as {name}\n"
+    if value is None or isinstance(value, float):  # inf and nan
+        return f"{name} = float({str(value)!r})\n" if value is not None else f"{name} = None\n"
+    if value is type(None):
+        return f"{name} = type(None)\n"
+    module, qualified = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
+    found: Any = sys.modules.get(module or "")
+    for part in (qualified or "<locals>").split("."):
+        found = getattr(found, part, None)
+    if found is not value:
+        raise CannotPlan(f"its forward calls {qualified or value}, which cannot be imported by its name")
+    first, *rest = str(qualified).split(".")
+    return f"from {module} import {first} as {name}\n" + (f"{name} = {name}.{'.'.join(rest)}\n" if rest else "")
+
+
+def kept_source(module: nn.Module, kind: DropPathKind) -> str:
+    """The source of a drop path's class that calls ``drop_path``."""
+    name = list(inspect.signature(type(module).forward).parameters)[1]
+    settings = ", ".join(
+        f"{key}={'self.' + value if is_attribute else repr(value)}" for key, value, is_attribute in kind.settings()
+    )
+    return (
+        "from droppath_ext.functional import drop_path as _dp_drop\n\n\n"
+        f"def forward(self, {name}):\n"
+        f"    if self.training and self.{kind.rate}:\n"
+        f"        return _dp_drop({name}, {settings})\n"
+        f"    return original.forward(self, {name})\n"
+    )
+
+
+def block_source(trace: Trace, swallowed: dict[str, fx.Node], branches: list[Branch]) -> str:
+    """The source of a block's class: the plan for the calls that it was made for, the original for all others."""
+    parameters = inspect.signature(type(trace.root).forward).parameters.values()
+    modules, conditions = _conditions(trace, swallowed)
+    imports, body = _body(trace.graph, branches)
+    functions = []
+    for branch in branches:
+        more, function = branch.source()
+        imports += more
+        functions.append(function)
+    lines = sorted(set(imports.splitlines(keepends=True)))
+    return (
+        f"{_HEADER}{_FUNCTIONS if branches else ''}{''.join(lines)}\n\n{''.join(functions)}"
+        f"def forward({', '.join(map(_declaration, parameters))}):\n"
+        f"    if self.training:\n"
+        f"{modules}"
+        f"        if ({' and '.join(conditions)}):\n"
+        f"{textwrap.indent(body, '        ')}"
+        f"        _dp_missed(self)\n"
+        f"    return original.forward({', '.join(map(_argument, parameters))})\n"
+    )
+
+
+def _conditions(trace: Trace, swallowed: dict[str, fx.Node]) -> tuple[str, list[str]]:
+    """Lines that look up the modules that are not called any more; and when the plan holds."""
+    lines, conditions, watched = [], [], []
+    for name, value in trace.parameters.items():
+        kind = inspect.signature(type(trace.root).forward).parameters[name].kind
+        if isinstance(value, fx.Node):
+            conditions.append(f"isinstance({name}, _dp_Tensor)")
+            if trace.shapes_matter:
+                conditions.append(f"{name}.shape[1:] == {tuple(trace.value(value).shape[1:])}")
+        elif kind in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL):
+            conditions.append(f"not {name}")
+        elif value is None or isinstance(value, bool):
+            conditions.append(f"{name} is {value}")
+        else:
+            conditions.append(f"_dp_same({name}, {value!r})")
+    for path, node in swallowed.items():
+        if path == "":
+            lines.append(f"        {node.name} = self\n")
+            continue
+        lines.append(f"        {node.name} = {_access(path)}\n")
+        watched.append(node.name)
+        conditions.append(f"hasattr({node.name}, {_rate_of(trace.root, path)!r})")
+    for i, path in enumerate(dict.fromkeys(trace.inlined)):
+        name = f"_dp_inlined_{i}"
+        lines.append(f"        {name} = {_access(path)}\n")
+        watched.append(name)
+        module = submodule(trace.root, path)
+        conditions.append(f"type({name}).__name__ == {type(module).__name__!r}")
+        if any(module.children()):
+            conditions.append(f"{name}.training")
+    if watched:
+        conditions.append(f"not _dp_watched({', '.join(watched)})")
+    return "".join(lines), conditions
+
+
+def _rate_of(root: nn.Module, path: str) -> str:
+    kind = drop_path_kind(submodule(root, path))
+    assert kind is not None
+    return kind.rate
+
+
+def _access(path: str) -> str:
+    """An expression for a submodule of self."""
+    expression = "self"
+    for name in path.split("."):
+        expression = f"{expression}.{name}" if name.isidentifier() else f'getattr({expression}, "{name}")'
+    return expression
+
+
+def _declaration(parameter: inspect.Parameter) -> str:
+    star = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+    default = "" if parameter.default is inspect.Parameter.empty else f"={parameter.default!r}"
+    return f"{star}{parameter.name}{default}"
+
+
+def _argument(parameter: inspect.Parameter) -> str:
+    star = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+    return f"{parameter.name}={parameter.name}" if parameter.kind is parameter.KEYWORD_ONLY else star + parameter.name

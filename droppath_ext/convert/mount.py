@@ -1,0 +1,89 @@
+"""Classes made from source text: the class of a converted module is a subclass of the one that it had.
+
+The text holds all that a class needs but the original class, so that a pickle or a copy is rebuilt from these two.
+Classes are shared by all modules with the same original class and text.
+"""
+
+import functools
+import linecache
+import zlib
+from typing import Any
+
+from torch import nn
+
+from .runtime import MISSED
+
+SOURCE = "_droppath_ext_source"
+ORIGINAL = "_droppath_ext_original"
+
+
+@functools.cache
+def converted_class(original: type[nn.Module], source: str) -> type[nn.Module]:
+    """A subclass of ``original`` whose forward is defined by ``source``, in which the name ``original`` means it."""
+    filename = f"<droppath_ext: {original.__qualname__} {zlib.crc32(source.encode()):08x}>"
+    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)  # for tracebacks
+    namespace: dict[str, Any] = {"original": original, "__name__": original.__module__}
+    exec(compile(source, filename, "exec"), namespace)
+    members = {
+        "forward": namespace["forward"],
+        "__reduce_ex__": _reduce_ex,
+        "__prepare_scriptable__": _refuse_to_script,
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+        SOURCE: source,
+        ORIGINAL: original,
+    }
+    return type(original.__name__, (original,), members)
+
+
+def _reduce_ex(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+    cls = _converted(type(self))
+    rebuild, arguments, *state = super(cls, self).__reduce_ex__(protocol)
+    if type(self) is not cls:  # a class that somebody else has made of ours, say of FSDP
+        return (rebuild, arguments, *state)
+    return (_new, (getattr(cls, ORIGINAL), getattr(cls, SOURCE)), *state)
+
+
+def _new(original: type[nn.Module], source: str) -> nn.Module:
+    cls = converted_class(original, source)
+    return cls.__new__(cls)
+
+
+def _refuse_to_script(self: nn.Module) -> None:
+    raise TypeError(
+        f"torch.jit.script cannot compile {type(self).__name__} as convert() has left it: call "
+        "droppath_ext.restore(model) first"
+    )
+
+
+def _converted(cls: type) -> type:
+    """The class of ours among those that ``cls`` derives from."""
+    return next(base for base in cls.__mro__ if SOURCE in base.__dict__)
+
+
+def is_mounted(module: nn.Module) -> bool:
+    """Whether the module has a class of ours."""
+    return hasattr(type(module), SOURCE)
+
+
+def mount(module: nn.Module, source: str) -> None:
+    """Give the module the forward that ``source`` defines."""
+    module.__class__ = converted_class(type(module), source)
+
+
+def unmount(module: nn.Module) -> None:
+    """Give the module its own class back."""
+    module.__class__ = _without(type(module))
+    module.__dict__.pop(MISSED, None)
+
+
+def _without(cls: type[nn.Module]) -> type[nn.Module]:
+    if SOURCE in cls.__dict__:
+        return _without(getattr(cls, ORIGINAL))
+    if not hasattr(cls, SOURCE):
+        return cls
+    # A class that somebody has made of ours, say of FSDP: the same, made of the original.
+    bases = tuple(_without(base) for base in cls.__bases__)
+    members = {name: value for name, value in cls.__dict__.items() if name not in ("__dict__", "__weakref__")}
+    return type(cls)(cls.__name__, bases, members)

@@ -1,0 +1,43 @@
+"""What the generated code calls, beside the public functions."""
+
+from typing import Any
+
+import torch.nn.modules.module
+from torch import nn
+from torch.compiler import is_compiling
+
+# Training calls of a converted module for which the original ran: an entry of the module's __dict__.
+MISSED = "_droppath_ext_missed"
+
+_has_any_global_hook = torch.nn.modules.module._has_any_global_hook
+
+
+def missed(module: nn.Module) -> None:
+    """Count a training call whose arguments were not those of the plan."""
+    if not is_compiling():
+        module.__dict__[MISSED] = module.__dict__.get(MISSED, 0) + 1
+
+
+def watched(*modules: nn.Module) -> bool:
+    """Whether a hook waits for a call of one of the modules, which the generated code does not make."""
+    for module in modules:
+        if (
+            module._forward_pre_hooks
+            or module._forward_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            or "forward" in module.__dict__  # set by hand, as accelerate does
+        ):
+            return True
+    return _has_any_global_hook()
+
+
+def same(value: Any, planned: Any) -> bool:
+    """Whether an argument is what it was in the plan: None, a number, a string, or a tuple or list of such."""
+    if isinstance(planned, tuple | list):
+        return (
+            isinstance(value, tuple | list)
+            and len(value) == len(planned)
+            and all(same(a, b) for a, b in zip(value, planned, strict=True))
+        )
+    return type(value) is type(planned) and bool(value == planned)
