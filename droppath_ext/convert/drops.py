@@ -21,7 +21,7 @@ class DropPathKind:
     mode: str  # the attribute "mode", or the value "row" or "batch"
 
     def settings(self) -> Iterator[tuple[str, Any, bool]]:
-        """The arguments of ``drop_path`` that are stored: the name, the attribute or value, and whether it is the former."""
+        """The stored arguments of ``drop_path``: the name, the attribute or value, and whether it is an attribute."""
         yield "drop_prob", self.rate, True
         yield "training", "training", True
         if self.scale_by_keep is not True:

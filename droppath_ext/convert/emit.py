@@ -14,6 +14,7 @@ from .drops import DropPathKind, drop_path_kind
 from .trace import CannotPlan, Trace, submodule
 
 _HEADER = """\
+from math import inf, nan
 import torch
 from torch import Tensor as _dp_Tensor
 from droppath_ext.convert.runtime import missed as _dp_missed, same as _dp_same, watched as _dp_watched
@@ -67,7 +68,8 @@ class Branch:
             f"    def branch({', '.join(['taken', *batched, *rest])}):\n"
             f"{textwrap.indent(body, '    ')}\n"
             f"    if drop.training and drop.{self.kind.rate} >= {self.min_rate}{is_row}:\n"
-            f"        return _dp_skip(taken, branch, {skipped}{gamma}, batched=({''.join(f'{b}, ' for b in batched)}))\n"
+            f"        batched = ({''.join(f'{name}, ' for name in batched)})\n"
+            f"        return _dp_skip(taken, branch, {skipped}{gamma}, batched=batched)\n"
             f"    return _dp_add(branch(taken{''.join(', ' + b for b in batched)}), taken, {settings}{gamma})\n\n\n"
         )
 
@@ -130,11 +132,19 @@ def kept_source(module: nn.Module, kind: DropPathKind) -> str:
     )
 
 
-def block_source(trace: Trace, swallowed: dict[str, fx.Node], branches: list[Branch]) -> str:
-    """The source of a block's class: the plan for the calls that it was made for, the original for all others."""
+def block_source(trace: Trace, swallowed: dict[str, fx.Node], branches: list[Branch], *, gives_up: bool) -> str:
+    """The source of a block's class: the plan for the calls that it was made for, the original for all others.
+
+    A plan that ``gives_up`` may find out while it runs that the call is none of these.
+    """
     parameters = inspect.signature(type(trace.root).forward).parameters.values()
-    modules, conditions = _conditions(trace, swallowed)
+    modules, conditions, rebound = _conditions(trace, swallowed)
     imports, body = _body(trace.graph, branches)
+    body = textwrap.indent(body, "        ")
+    if gives_up:
+        body = re.sub(r";  [\w =]+ = None$", "", body, flags=re.MULTILINE)  # the original still needs its arguments
+        body = f"            try:\n{textwrap.indent(body, '    ')}            except _dp_Unplanned:\n                pass\n"
+        imports += "from droppath_ext.convert.runtime import Unplanned as _dp_Unplanned\n"
     functions = []
     for branch in branches:
         more, function = branch.source()
@@ -143,31 +153,26 @@ def block_source(trace: Trace, swallowed: dict[str, fx.Node], branches: list[Bra
     lines = sorted(set(imports.splitlines(keepends=True)))
     return (
         f"{_HEADER}{_FUNCTIONS if branches else ''}{''.join(lines)}\n\n{''.join(functions)}"
-        f"def forward({', '.join(map(_declaration, parameters))}):\n"
+        f"def forward({_declare(parameters)}):\n"
         f"    if self.training:\n"
         f"{modules}"
         f"        if ({' and '.join(conditions)}):\n"
-        f"{textwrap.indent(body, '        ')}"
+        f"{rebound}"
+        f"{body}"
         f"        _dp_missed(self)\n"
         f"    return original.forward({', '.join(map(_argument, parameters))})\n"
     )
 
 
-def _conditions(trace: Trace, swallowed: dict[str, fx.Node]) -> tuple[str, list[str]]:
-    """Lines that look up the modules that are not called any more; and when the plan holds."""
-    lines, conditions, watched = [], [], []
+def _conditions(trace: Trace, swallowed: dict[str, fx.Node]) -> tuple[str, list[str], str]:
+    """Lines that look up the modules that are not called any more; when the plan holds; and lines that name tensors."""
+    lines: list[str] = []
+    conditions: list[str] = []
+    watched: list[str] = []
+    rebound: list[str] = []
     for name, value in trace.parameters.items():
-        kind = inspect.signature(type(trace.root).forward).parameters[name].kind
-        if isinstance(value, fx.Node):
-            conditions.append(f"isinstance({name}, _dp_Tensor)")
-            if trace.shapes_matter:
-                conditions.append(f"{name}.shape[1:] == {tuple(trace.value(value).shape[1:])}")
-        elif kind in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL):
-            conditions.append(f"not {name}")
-        elif value is None or isinstance(value, bool):
-            conditions.append(f"{name} is {value}")
-        else:
-            conditions.append(f"_dp_same({name}, {value!r})")
+        _match(trace, name, value, conditions, rebound)
+    conditions += _members(trace.root, "self")
     for path, node in swallowed.items():
         if path == "":
             lines.append(f"        {node.name} = self\n")
@@ -182,10 +187,63 @@ def _conditions(trace: Trace, swallowed: dict[str, fx.Node]) -> tuple[str, list[
         module = submodule(trace.root, path)
         conditions.append(f"type({name}).__name__ == {type(module).__name__!r}")
         if any(module.children()):
-            conditions.append(f"{name}.training")
+            conditions += [f"{name}.training", *_members(module, name)]
     if watched:
         conditions.append(f"not _dp_watched({', '.join(watched)})")
-    return "".join(lines), conditions
+    return "".join(lines), conditions, "".join(rebound)
+
+
+def _match(trace: Trace, name: str, value: Any, conditions: list[str], rebound: list[str]) -> None:
+    """When an argument is what it was planned to be; and lines that name its tensors, where they have no name yet."""
+    if isinstance(value, fx.Node):
+        conditions.append(f"isinstance({name}, _dp_Tensor)")
+        if trace.shapes_matter:
+            conditions.append(f"{name}.shape[1:] == {tuple(trace.value(value).shape[1:])}")
+        if not name.isidentifier():
+            rebound.append(f"            {value.target} = {name}\n")
+    elif isinstance(value, tuple | list) and _has_tensors(value):
+        conditions.append(f"isinstance({name}, (tuple, list)) and len({name}) == {len(value)}")
+        for i, part in enumerate(value):
+            _match(trace, f"{name}[{i}]", part, conditions, rebound)
+    elif isinstance(value, dict):
+        conditions.append(f"{name}.keys() == {set(value)!r}" if value else f"not {name}")
+        for key, part in value.items():
+            _match(trace, f"{name}[{key!r}]", part, conditions, rebound)
+    elif value == ():
+        conditions.append(f"not {name}")
+    elif value is None or isinstance(value, bool):
+        conditions.append(f"{name} is {value}")
+    else:
+        conditions.append(f"_dp_same({name}, {value!r})")
+
+
+def _has_tensors(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return any(map(_has_tensors, value))
+    return isinstance(value, fx.Node | dict)
+
+
+def _members(module: nn.Module, name: str) -> list[str]:
+    """That the members which a forward may decide by, and which the graph has decided by, are what they were."""
+    own = nn.Module().__dict__
+    plain = {
+        key: value
+        for key, value in module.__dict__.items()
+        if key not in own and not key.startswith("_droppath_ext") and key.isidentifier() and _is_plain(value)
+    }
+    conditions = []
+    if plain:
+        members = "".join(f"{name}.{key}, " for key in plain)
+        conditions.append(f"({members}) == {tuple(plain.values())!r}")
+    for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+        conditions.append(f"getattr({name}, {key!r}, None) is {'None' if tensor is None else 'not None'}")
+    return conditions
+
+
+def _is_plain(value: Any) -> bool:
+    if type(value) in (tuple, list):
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (bool, int, float, str)
 
 
 def _rate_of(root: nn.Module, path: str) -> str:
@@ -202,12 +260,22 @@ def _access(path: str) -> str:
     return expression
 
 
-def _declaration(parameter: inspect.Parameter) -> str:
-    star = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
-    default = "" if parameter.default is inspect.Parameter.empty else f"={parameter.default!r}"
-    return f"{star}{parameter.name}{default}"
+def _declare(parameters: Iterable[inspect.Parameter]) -> str:
+    declared: list[str] = []
+    for parameter in parameters:
+        if parameter.kind is parameter.KEYWORD_ONLY and not any(name.startswith("*") for name in declared):
+            declared.append("*")
+        default = "" if parameter.default is parameter.empty else f"={parameter.default!r}"
+        declared.append(f"{_stars(parameter)}{parameter.name}{default}")
+    return ", ".join(declared)
 
 
 def _argument(parameter: inspect.Parameter) -> str:
-    star = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
-    return f"{parameter.name}={parameter.name}" if parameter.kind is parameter.KEYWORD_ONLY else star + parameter.name
+    keyword = f"{parameter.name}=" if parameter.kind is parameter.KEYWORD_ONLY else _stars(parameter)
+    return f"{keyword}{parameter.name}"
+
+
+def _stars(parameter: inspect.Parameter) -> str:
+    if parameter.kind is parameter.VAR_POSITIONAL:
+        return "*"
+    return "**" if parameter.kind is parameter.VAR_KEYWORD else ""

@@ -138,6 +138,21 @@ class _WithoutDropout(TorchFunctionMode):
 
 
 @contextlib.contextmanager
+def unsharded(root: nn.Module) -> Iterator[None]:
+    """With the parameters that FSDP2 has sharded at hand, as they are while their modules run."""
+    sharded: list[Any] = [
+        module for module in root.modules() if hasattr(module, "unshard") and hasattr(module, "reshard")
+    ]
+    for module in sharded:
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in sharded:
+            module.reshard()
+
+
+@contextlib.contextmanager
 def preserved(root: nn.Module) -> Iterator[None]:
     """Buffers and random number generators are afterwards as they were."""
     buffers = [(buffer, buffer.clone()) for buffer in root.buffers() if not buffer.is_meta]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .drops import drop_path_kind
-from .independence import preserved
+from .independence import preserved, unsharded
 from .mount import mount
 from .observe import Caller, Observer
 from .plan import BlockPlan, Outcome, plan_block
@@ -83,9 +83,10 @@ class _Plans:
             try:
                 if "forward" in module.__dict__:
                     raise CannotPlan("its forward was set by hand")
-                self.cache[key] = plan_block(
-                    module, caller.call, self.level, self.chosen.__contains__, inline, self.min_rate
-                )
+                with unsharded(module):
+                    self.cache[key] = plan_block(
+                        module, caller.call, self.level, self.chosen.__contains__, inline, self.min_rate
+                    )
             except CannotPlan as error:
                 self.cache[key] = error
         return self.cache[key]

@@ -4,9 +4,9 @@ The text holds all that a class needs but the original class, so that a pickle o
 Classes are shared by all modules with the same original class and text.
 """
 
-import functools
 import linecache
 import zlib
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -17,9 +17,17 @@ SOURCE = "_droppath_ext_source"
 ORIGINAL = "_droppath_ext_original"
 
 
-@functools.cache
-def converted_class(original: type[nn.Module], source: str) -> type[nn.Module]:
-    """A subclass of ``original`` whose forward is defined by ``source``, in which the name ``original`` means it."""
+_classes: dict[tuple[Any, str], Any] = {}
+
+
+def converted_class(original: Any, source: str) -> Any:
+    """The subclass of ``original`` whose forward is defined by ``source``, in which the name ``original`` means it."""
+    if (original, source) not in _classes:
+        _classes[original, source] = _make_class(original, source)
+    return _classes[original, source]
+
+
+def _make_class(original: Any, source: str) -> Any:
     filename = f"<droppath_ext: {original.__qualname__} {zlib.crc32(source.encode()):08x}>"
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)  # for tracebacks
     namespace: dict[str, Any] = {"original": original, "__name__": original.__module__}
@@ -38,14 +46,14 @@ def converted_class(original: type[nn.Module], source: str) -> type[nn.Module]:
 
 
 def _reduce_ex(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-    cls = _converted(type(self))
+    cls: Any = _converted(type(self))
     rebuild, arguments, *state = super(cls, self).__reduce_ex__(protocol)
     if type(self) is not cls:  # a class that somebody else has made of ours, say of FSDP
         return (rebuild, arguments, *state)
     return (_new, (getattr(cls, ORIGINAL), getattr(cls, SOURCE)), *state)
 
 
-def _new(original: type[nn.Module], source: str) -> nn.Module:
+def _new(original: type[nn.Module], source: str) -> Any:
     cls = converted_class(original, source)
     return cls.__new__(cls)
 
@@ -74,11 +82,18 @@ def mount(module: nn.Module, source: str) -> None:
 
 def unmount(module: nn.Module) -> None:
     """Give the module its own class back."""
-    module.__class__ = _without(type(module))
+    converted = type(module)
+    module.__class__ = _without(converted)
     module.__dict__.pop(MISSED, None)
+    for name, value in list(module.__dict__.items()):  # the forward as somebody has kept it to call it, say accelerate
+        if isinstance(value, MethodType) and value.__self__ is module and value.__func__ is converted.forward:
+            if name == "forward":
+                del module.__dict__[name]
+            else:
+                module.__dict__[name] = MethodType(type(module).forward, module)
 
 
-def _without(cls: type[nn.Module]) -> type[nn.Module]:
+def _without(cls: Any) -> Any:
     if SOURCE in cls.__dict__:
         return _without(getattr(cls, ORIGINAL))
     if not hasattr(cls, SOURCE):

@@ -4,6 +4,7 @@ import operator
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from ..functional import drop_path_add
 from .drops import DropPathKind, drop_path_kind
 from .emit import Branch, block_source
 from .independence import independence
+from .runtime import expect
 from .trace import (
     VIEWS,
     Call,
@@ -96,7 +98,7 @@ def plan_block(
             is_output.add(str(node.target))
     source = None
     if any(outcome.level != "keep" for _, outcome in outcomes):
-        source = block_source(trace, planner.swallowed, planner.branches)
+        source = block_source(trace, planner.swallowed, planner.branches, gives_up=bool(planner.checks))
     return BlockPlan(source, outcomes, frozenset(is_output))
 
 
@@ -112,6 +114,8 @@ class _Planner:
         self.swallowed: dict[str, fx.Node] = {}  # placeholders for modules that are not called any more, by path
         self.branches: list[Branch] = []
         self.sums: set[fx.Node] = set()  # what was put in place of the additions
+        self.folded: set[fx.Node] = set()  # parts of results that are assumed to be None
+        self.checks: list[fx.Node] = []  # of these
 
     def plan(self, drop: fx.Node, kind: DropPathKind) -> Outcome:
         try:
@@ -220,7 +224,7 @@ class _Planner:
         chain = [site.add]
         while chain:
             node = chain.pop()
-            if node.users or node.op == "placeholder":
+            if node.users or node._erased or node.op == "placeholder":
                 continue
             inputs = node.all_input_nodes
             self.graph.erase_node(node)
@@ -248,7 +252,7 @@ class _Planner:
         self.branches.append(branch)
         self._replace(site, new)
         for node in reversed(inside):
-            if not node.users:
+            if not node.users and not node._erased:
                 self.graph.erase_node(node)
 
     def _slice(self, site: Site) -> tuple[list[fx.Node], list[fx.Node]]:
@@ -275,17 +279,38 @@ class _Planner:
                 for node in inside
                 if node is not site.y
                 and not _is_read(node)
-                and any(user not in inside and _is_alive(user) for user in node.users)
+                and any(user not in inside and user not in self.folded and _is_alive(user) for user in node.users)
             }
             if not used_outside:
                 break
-            shared |= used_outside
+            if not any([self._fold_nones(node, inside) for node in used_outside]):
+                shared |= used_outside
         if not any(node.op == "call_module" or _is_heavy(node) for node in inside):
             raise CannotPlan("there is nothing in the branch that is worth skipping")
         allowed = inside | {site.drop} | set(site.drop.all_input_nodes)
         if any(user not in allowed for user in site.y.users):
             raise CannotPlan("the branch's output is used elsewhere, too")
+        inside |= {node for node in self.folded if inside.issuperset(node.all_input_nodes)}
+        inside |= {node for node in self.checks if inside.issuperset(node.all_input_nodes)}
         return [node for node in self.graph.nodes if node in inside], outside
+
+    def _fold_nones(self, node: fx.Node, inside: set[fx.Node]) -> bool:
+        """What a call returns beside the branch's value, say None in place of attention weights, is None for all calls.
+
+        Where it is not, the generated code gives up and the original runs.
+        """
+        items = [user for user in node.users if user not in inside | self.folded and _is_alive(user)]
+        if not items or not all(item.target is operator.getitem and _is_none(self._value(item)) for item in items):
+            return False
+        for item in items:
+            value = self._value(item)
+            put = partial(_replaced, item, value)
+            for user in list(item.users):
+                user.args, user.kwargs = fx.node.map_arg(user.args, put), fx.node.map_arg(user.kwargs, put)
+            with self.graph.inserting_after(item):
+                self.checks.append(self.graph.call_function(expect, (item, value)))
+            self.folded.add(item)
+        return True
 
     def _check_structure(self, inside: list[fx.Node]) -> None:
         for node in inside:
@@ -317,9 +342,11 @@ def _unstack(trace: Trace) -> None:
         if stack.target is not torch.stack or stack.kwargs.get("dim", [*stack.args, 0, 0][1]) != 0:
             continue
         parts = stack.args[0] if stack.args else stack.kwargs.get("tensors")
-        total = next(iter(stack.users), None)
-        is_sum = total is not None and (total.target is torch.sum or (total.op, total.target) == ("call_method", "sum"))
-        if not isinstance(parts, list | tuple) or not is_sum or len(stack.users) != 1 or len(total.users) != 1:
+        if not isinstance(parts, list | tuple) or len(stack.users) != 1:
+            continue
+        total = next(iter(stack.users))
+        is_sum = total.target is torch.sum or (total.op, total.target) == ("call_method", "sum")
+        if not is_sum or len(total.users) != 1:
             continue
         if (*total.args[1:], *total.kwargs.items()) not in ((0,), (("dim", 0),)):
             continue
@@ -346,6 +373,14 @@ def _is_batch_norm(module: nn.Module) -> bool:
 
 def _is_heavy(node: fx.Node) -> bool:
     return getattr(node.target, "__name__", node.target) in _HEAVY
+
+
+def _replaced(item: fx.Node, value: Any, argument: fx.Node) -> Any:
+    return value if argument is item else argument
+
+
+def _is_none(value: object) -> bool:
+    return value is None or (type(value) is tuple and all(part is None for part in value))
 
 
 def _is_read(node: fx.Node) -> bool:

@@ -29,7 +29,17 @@ def watched(*modules: nn.Module) -> bool:
             or "forward" in module.__dict__  # set by hand, as accelerate does
         ):
             return True
-    return _has_any_global_hook()
+    return bool(_has_any_global_hook())
+
+
+class Unplanned(Exception):
+    """What a call has computed is not what its plan assumes: the original is to run."""
+
+
+def expect(value: Any, planned: Any) -> None:
+    """Give up unless a call has returned what it did when it was planned."""
+    if not same(value, planned):
+        raise Unplanned
 
 
 def same(value: Any, planned: Any) -> bool:

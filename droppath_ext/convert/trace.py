@@ -33,7 +33,7 @@ class Trace:
 
     root: nn.Module
     graph: fx.Graph
-    parameters: dict[str, Any]  # of the forward, with the value in that call; placeholders for tensors
+    parameters: dict[str, Any]  # of the forward, with the value in that call; in place of tensors their placeholders
     value: Callable[[fx.Node], Any]  # of a node in that call
     known: dict[fx.Node, Any]  # values that were computed before
     shapes_matter: bool  # control flow, or an integer, depends on the shape of a tensor, but not on the batch's size
@@ -116,7 +116,7 @@ def is_shape(node: fx.Node) -> bool:
     if node.op != "call_function":
         return False
     if node.target is getattr:
-        return node.args[1] in ("shape", "dtype", "device", "ndim", "is_cuda")
+        return bool(node.args[1] in ("shape", "dtype", "device", "ndim", "is_cuda"))
     known = node.target in _SHAPE_FUNCTIONS or node.target in _PREDICATES
     inputs = node.all_input_nodes
     return (known or getattr(node.target, "__module__", "") == "math") and bool(inputs) and all(map(is_shape, inputs))
@@ -130,7 +130,7 @@ def reads_batch_size(node: fx.Node) -> bool:
         return bool(node.args[1] == "shape")  # a whole shape, which is not indexed
     if node.target is operator.getitem and isinstance(node.args[0], fx.Node) and _is_whole_shape(node.args[0]):
         index = node.args[1]
-        return index == 0 or (isinstance(index, slice) and not index.start)
+        return index == 0 if isinstance(index, int) else isinstance(index, slice) and not index.start
     both_whole = len(node.all_input_nodes) == 2 and all(map(_is_whole_shape, node.all_input_nodes))
     if node.target is len or (node.target in (operator.eq, operator.ne) and both_whole):
         return False
@@ -250,39 +250,34 @@ class _Tracer(fx.Tracer):
         names = list(signature.parameters)
         bound.arguments.pop(names[0])
         for name, value in bound.arguments.items():
-            if isinstance(value, Tensor):
-                proxy = self.create_proxy("placeholder", name, (), {})
-                self.known[proxy.node] = value
-                bound.arguments[name] = proxy
-                self.parameters[name] = proxy.node
-            else:
-                self.parameters[name] = value
+            bound.arguments[name], self.parameters[name] = self._stand_in(name, value)
         for name in names[1:]:
             parameter = signature.parameters[name]
-            if name not in self.parameters and parameter.default is not inspect.Parameter.empty:
-                self.parameters[name] = parameter.default
-        _check_constants(self.parameters, signature)
+            if name in self.parameters:
+                continue
+            if parameter.default is not inspect.Parameter.empty:
+                self.parameters[name] = self._stand_in(name, parameter.default)[1]
+            else:  # *args or **kwargs without any
+                self.parameters[name] = () if parameter.kind is parameter.VAR_POSITIONAL else {}
         args, kwargs = bound.args, bound.kwargs
         return (lambda: root_fn(self.root, *args, **kwargs)), []
 
-
-def _check_constants(parameters: dict[str, Any], signature: inspect.Signature) -> None:
-    for name, value in parameters.items():
-        variadic = signature.parameters[name].kind in (
-            inspect.Parameter.VAR_POSITIONAL,
-            inspect.Parameter.VAR_KEYWORD,
-        )
-        if variadic and value:
-            raise CannotPlan(f"it was called with more arguments than its forward names (by {name})")
-        if not variadic and not isinstance(value, fx.Node) and not is_constant(value):
-            raise CannotPlan(f"its argument {name} is a {type(value).__name__}")
-
-
-def is_constant(value: Any) -> bool:
-    """Whether an argument can be written into source text, and compared with."""
-    if isinstance(value, tuple | list):
-        return all(map(is_constant, value))
-    return value is None or type(value) in (bool, int, float, str)
+    def _stand_in(self, name: str, value: Any) -> tuple[Any, Any]:
+        """An argument with proxies in place of its tensors, and with their nodes."""
+        if isinstance(value, Tensor):
+            proxy = self.create_proxy("placeholder", name, (), {})
+            self.known[proxy.node] = value
+            return proxy, proxy.node
+        if type(value) in (tuple, list, torch.Size):
+            pairs = [self._stand_in(f"{name}_{i}", part) for i, part in enumerate(value)]
+            kind = list if type(value) is list else tuple
+            return kind(pair[0] for pair in pairs), kind(pair[1] for pair in pairs)
+        if type(value) is dict and all(isinstance(key, str) for key in value):
+            parts = {key: self._stand_in(f"{name}_{key}", part) for key, part in value.items()}
+            return {key: pair[0] for key, pair in parts.items()}, {key: pair[1] for key, pair in parts.items()}
+        if value is None or type(value) in (bool, int, float, str):  # can be written into source text
+            return value, value
+        raise CannotPlan(f"its argument {name} is a {type(value).__name__}")
 
 
 _lock = threading.Lock()
