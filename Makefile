@@ -5,7 +5,7 @@
 # DROPPATH_EXT_CUDA, TORCH_CUDA_ARCH_LIST, CUDA_HOME and MAX_JOBS reach the build (see setup.py).
 
 VENV ?= .venv
-TORCH ?= torch torchvision timm
+TORCH ?= torch torchvision timm transformers accelerate
 
 ifdef PYTHON
 ENVIRONMENT :=

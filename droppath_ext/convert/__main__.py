@@ -5,6 +5,7 @@ python -m droppath_ext.convert vit_small_patch16_224 --drop-path-rate 0.2 --resi
 
 import argparse
 import sys
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -18,30 +19,25 @@ SAMPLES = 3
 
 
 def build_timm(name: str, rate: float) -> tuple[nn.Module, Any]:
-    import timm
-
-    model = timm.create_model(name, drop_path_rate=rate)
+    model = import_module("timm").create_model(name, drop_path_rate=rate)
     return model, torch.empty(SAMPLES, *model.default_cfg["input_size"])
 
 
 def build_torchvision(name: str, rate: float) -> tuple[nn.Module, Any]:
-    import torchvision.models
-
+    models = import_module("torchvision.models")
     try:
-        model = torchvision.models.get_model(name, weights=None, stochastic_depth_prob=rate)
+        model = models.get_model(name, weights=None, stochastic_depth_prob=rate)
     except TypeError:  # its builder sets a rate itself
-        model = torchvision.models.get_model(name, weights=None)
-    frames = (
-        (16,) if torchvision.models.get_model_builder(name).__module__.startswith("torchvision.models.video") else ()
-    )
+        model = models.get_model(name, weights=None)
+    frames = (16,) if "video" in models.get_model_builder(name).__module__ else ()
     return model, torch.empty(SAMPLES, 3, *frames, 224, 224)
 
 
 def build_transformers(name: str, rate: float) -> tuple[nn.Module, Any]:
     """``name`` is a model type, as "dinov2", or what AutoConfig.from_pretrained takes."""
-    from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
-
-    config = CONFIG_MAPPING[name]() if name in CONFIG_MAPPING else AutoConfig.from_pretrained(name)
+    library = import_module("transformers")
+    known = library.CONFIG_MAPPING
+    config = known[name]() if name in known else library.AutoConfig.from_pretrained(name)
     for key, value in list(vars(config).items()):
         if NAMES.search(key):
             rates = [rate] * len(value) if isinstance(value, list | tuple) else rate
@@ -49,7 +45,7 @@ def build_transformers(name: str, rate: float) -> tuple[nn.Module, Any]:
     size = getattr(config, "image_size", 224)
     height, width = size if isinstance(size, list | tuple) else (size, size)
     images = torch.empty(SAMPLES, getattr(config, "num_channels", 3), height, width)
-    return AutoModel.from_config(config), {"pixel_values": images}
+    return library.AutoModel.from_config(config), {"pixel_values": images}
 
 
 LIBRARIES = {"timm": build_timm, "torchvision": build_torchvision, "transformers": build_transformers}
@@ -76,9 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.exit(2, f"{options.library} cannot build or run {options.model}: {str(error).splitlines()[0]}\n")
     print(report)
     if options.residual == "skip":
-        print(
-            "By structure alone: whether a branch treats samples by themselves is tested when a real model is converted."
-        )
+        print("By structure alone: whether branches treat samples by themselves is tested on a real model.")
     return 0
 
 

@@ -143,7 +143,8 @@ def block_source(trace: Trace, swallowed: dict[str, fx.Node], branches: list[Bra
     body = textwrap.indent(body, "        ")
     if gives_up:
         body = re.sub(r";  [\w =]+ = None$", "", body, flags=re.MULTILINE)  # the original still needs its arguments
-        body = f"            try:\n{textwrap.indent(body, '    ')}            except _dp_Unplanned:\n                pass\n"
+        tried = textwrap.indent(body, "    ")
+        body = f"            try:\n{tried}            except _dp_Unplanned:\n                pass\n"
         imports += "from droppath_ext.convert.runtime import Unplanned as _dp_Unplanned\n"
     functions = []
     for branch in branches:
@@ -165,7 +166,7 @@ def block_source(trace: Trace, swallowed: dict[str, fx.Node], branches: list[Bra
 
 
 def _conditions(trace: Trace, swallowed: dict[str, fx.Node]) -> tuple[str, list[str], str]:
-    """Lines that look up the modules that are not called any more; when the plan holds; and lines that name tensors."""
+    """Lines that look up the modules that are no longer called; when the plan holds; lines that name tensors."""
     lines: list[str] = []
     conditions: list[str] = []
     watched: list[str] = []

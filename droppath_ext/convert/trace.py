@@ -138,7 +138,9 @@ def reads_batch_size(node: fx.Node) -> bool:
 
 
 def _is_whole_shape(node: fx.Node) -> bool:
-    return (node.target is getattr and node.args[1] == "shape") or (node.target == "size" and len(node.args) == 1)
+    if node.target is getattr:
+        return bool(node.args[1] == "shape")
+    return node.target == "size" and len(node.args) == 1
 
 
 # --- the tracer ---
