@@ -1,4 +1,4 @@
-# make bench · make test · make test-timm · make test-kernels · make mutants · make lint · make sass · make gpu-check · make gpu-tune
+# make bench · make test · make test-timm · make test-all-models · make test-kernels · make mutants · make lint · make sass · make gpu-check · make gpu-tune
 #
 # Each does its own set-up in .venv, or uses the interpreter that PYTHON= names as it is:
 #   make test PYTHON=/opt/conda/bin/python
@@ -25,7 +25,7 @@ endif
 
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: bench test test-timm test-kernels mutants lint sass gpu-check gpu-tune build clean
+.PHONY: bench test test-timm test-all-models test-kernels mutants lint sass gpu-check gpu-tune build clean
 
 bench: build
 	$(PYTHON) benchmarks/run.py $(BENCH_ARGS)
@@ -37,6 +37,10 @@ test: build
 TIMM ?= *
 test-timm: build
 	DROPPATH_EXT_TIMM_MODELS='$(TIMM)' $(PYTHON) -m pytest tests/test_timm.py $(TEST_ARGS)
+
+# How far convert() brings each family of timm, torchvision and transformers: some minutes.
+test-all-models: build
+	$(PYTHON) tests/all_models.py $(ALL_MODELS_ARGS)
 
 # The source of the CUDA kernels on the host: all tests of ops, then a choice under each of the other builds.
 test-kernels: build

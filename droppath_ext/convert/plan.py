@@ -55,7 +55,7 @@ class BlockPlan:
 
 @dataclass
 class Site:
-    """residual + drop(gamma * y), in a graph."""
+    """residual + drop(gamma * y), in a graph: numbers that the dropped branch is multiplied with are part of y."""
 
     drop: fx.Node
     kind: DropPathKind
@@ -63,6 +63,7 @@ class Site:
     y: fx.Node
     residual: fx.Node
     gamma: fx.Node | None
+    chain: set[fx.Node]  # what stands between y and the addition
 
 
 def plan_block(
@@ -82,6 +83,7 @@ def plan_block(
         trace = trace_call(root, call, inline, follow_shapes=False)
     except CannotPlan:
         trace = trace_call(root, call, inline, follow_shapes=True)
+    _follow_in_place(trace)
     _unstack(trace)
     planner = _Planner(trace, level, min_rate)
     outcomes = []
@@ -139,10 +141,17 @@ class _Planner:
         if len(drop.users) != 1:
             raise CannotPlan(f"the dropped branch is used {len(drop.users)} times")
         last, user, gamma = drop, next(iter(drop.users)), None
-        if (operands := mul_operands(user)) is not None and len(user.users) == 1:
+        factors, chain = [], {drop, *drop.all_input_nodes}
+        while (operands := mul_operands(user)) is not None and len(user.users) == 1:
             factor = operands[1] if operands[0] is last else operands[0]
-            if self._is_gamma(factor):
-                gamma, last, user = factor, user, next(iter(user.users))
+            if isinstance(factor, int | float) or self._is_scalar(factor):
+                factors.append(factor)
+            elif gamma is None and self._is_gamma(factor):
+                gamma = factor
+            else:
+                break
+            chain.add(user)
+            last, user = user, next(iter(user.users))
         operands = add_operands(user)
         if operands is None:
             raise CannotPlan(f"the dropped branch is not added to anything: it goes to {_describe(user)}")
@@ -158,7 +167,10 @@ class _Planner:
                     gamma, y = factor, rest
                     break
         self._check_values(y, residual, gamma)
-        return Site(drop, kind, user, y, residual, gamma)
+        with self.graph.inserting_before(user):
+            for factor in factors:
+                y = self.graph.call_function(operator.mul, (y, factor))
+        return Site(drop, kind, user, y, residual, gamma, chain)
 
     def _is_gamma(self, node: object) -> bool:
         """Whether the node is a parameter of the block, or a view of one."""
@@ -171,6 +183,10 @@ class _Planner:
             and node.op == "get_attr"
             and isinstance(attribute(self.root, str(node.target)), Tensor)
         )
+
+    def _is_scalar(self, node: object) -> bool:
+        """Whether the node is a parameter or buffer of the block that is one number."""
+        return isinstance(node, fx.Node) and self._is_gamma(node) and self._value(node).numel() == 1
 
     def _check_values(self, y: fx.Node, residual: fx.Node, gamma: fx.Node | None) -> None:
         tensors = [self._value(node) for node in (y, residual)]
@@ -279,7 +295,7 @@ class _Planner:
                 for node in inside
                 if node is not site.y
                 and not _is_read(node)
-                and any(user not in inside and user not in self.folded and _is_alive(user) for user in node.users)
+                and any(user not in inside | site.chain | self.folded and _is_alive(user) for user in node.users)
             }
             if not used_outside:
                 break
@@ -287,8 +303,7 @@ class _Planner:
                 shared |= used_outside
         if not any(node.op == "call_module" or _is_heavy(node) for node in inside):
             raise CannotPlan("there is nothing in the branch that is worth skipping")
-        allowed = inside | {site.drop} | set(site.drop.all_input_nodes)
-        if any(user not in allowed for user in site.y.users):
+        if any(user not in inside | site.chain for user in site.y.users):
             raise CannotPlan("the branch's output is used elsewhere, too")
         inside |= {node for node in self.folded if inside.issuperset(node.all_input_nodes)}
         inside |= {node for node in self.checks if inside.issuperset(node.all_input_nodes)}
@@ -333,6 +348,16 @@ class _Planner:
         if rate >= 1.0:
             raise CannotPlan(f"the branch takes {seconds * 1e6:.0f} µs, and skipping it costs {SKIP_COST * 1e6:.0f}")
         return -(-rate * 100 // 1) / 100
+
+
+def _follow_in_place(trace: Trace) -> None:
+    """What uses a tensor after a statement such as ``x.mul_(2)`` uses the result of that statement."""
+    nodes = list(trace.graph.nodes)
+    for i, node in enumerate(nodes):
+        is_in_place = node.op == "call_method" and node.target.endswith("_") and not node.target.endswith("__")
+        if is_in_place and isinstance(node.args[0], fx.Node):
+            later = set(nodes[i + 1 :])
+            node.args[0].replace_all_uses_with(node, delete_user_cb=later.__contains__)
 
 
 def _unstack(trace: Trace) -> None:
