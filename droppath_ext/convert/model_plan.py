@@ -89,6 +89,8 @@ class _Plans:
                     )
             except CannotPlan as error:
                 self.cache[key] = error
+            except Exception as error:  # what nobody has foreseen must not keep a model from training
+                self.cache[key] = CannotPlan(f"planning it failed ({type(error).__name__}: {error})")
         return self.cache[key]
 
     def _choice(self, module: nn.Module) -> tuple[bool, ...]:

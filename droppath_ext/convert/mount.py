@@ -23,11 +23,11 @@ _classes: dict[tuple[Any, str], Any] = {}
 def converted_class(original: Any, source: str) -> Any:
     """The subclass of ``original`` whose forward is defined by ``source``, in which the name ``original`` means it."""
     if (original, source) not in _classes:
-        _classes[original, source] = _make_class(original, source)
+        _classes[original, source] = make_class(original, source)
     return _classes[original, source]
 
 
-def _make_class(original: Any, source: str) -> Any:
+def make_class(original: Any, source: str) -> Any:
     filename = f"<droppath_ext: {original.__qualname__} {zlib.crc32(source.encode()):08x}>"
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)  # for tracebacks
     namespace: dict[str, Any] = {"original": original, "__name__": original.__module__}

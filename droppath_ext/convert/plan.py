@@ -15,6 +15,7 @@ from ..functional import drop_path_add
 from .drops import DropPathKind, drop_path_kind
 from .emit import Branch, block_source
 from .independence import independence
+from .mount import make_class
 from .runtime import expect
 from .trace import (
     VIEWS,
@@ -28,6 +29,7 @@ from .trace import (
     submodule,
     trace_call,
 )
+from .verify import verify
 
 LEVELS = ("keep", "fuse", "skip")
 
@@ -101,6 +103,15 @@ def plan_block(
     source = None
     if any(outcome.level != "keep" for _, outcome in outcomes):
         source = block_source(trace, planner.swallowed, planner.branches, gives_up=bool(planner.checks))
+        try:
+            verify(root, call, make_class(type(root), source).forward)
+        except CannotPlan as error:
+            if level != "skip" or all(outcome.level != "skip" for _, outcome in outcomes):
+                raise
+            plan = plan_block(root, call, "fuse", is_chosen, inline, min_rate)
+            for _, outcome in plan.outcomes:
+                outcome.why = outcome.why or str(error)
+            return plan
     return BlockPlan(source, outcomes, frozenset(is_output))
 
 

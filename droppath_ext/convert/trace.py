@@ -323,6 +323,7 @@ def _erase_nothings(root: nn.Module, graph: fx.Graph) -> None:
 def _unchanged(root: nn.Module) -> Iterator[None]:
     """Attributes that the forward writes are put back; that it writes any is no matter of the graph."""
     before = {module: dict(module.__dict__) for module in root.modules()}
+    buffers = {module: dict(module._buffers) for module in root.modules()}
     constants = set(root.__dict__)
     changed: list[str] = []
     try:
@@ -331,6 +332,11 @@ def _unchanged(root: nn.Module) -> Iterator[None]:
         for name in set(root.__dict__) - constants:
             if name.startswith("_tensor_constant"):
                 del root.__dict__[name]
+        for module, tensors in buffers.items():
+            for name, tensor in tensors.items():
+                if module._buffers.get(name) is not tensor:
+                    changed.append(name)
+                    module._buffers[name] = tensor
         for module, members in before.items():
             for name, value in list(module.__dict__.items()):
                 if name not in members:

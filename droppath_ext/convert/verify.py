@@ -1,0 +1,81 @@
+"""Does a planned block compute what it did? Compared on the example, forward and backward, with nothing dropped.
+
+A graph does not show all that a forward does: autocast and no_grad around a part of it, writes into tensors that
+something else holds, functions with gradients of their own, Python's random numbers.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+from .drops import drop_path_kind
+from .independence import preserved
+from .trace import Call, CannotPlan
+
+
+def verify(root: nn.Module, call: Call, planned: Callable[..., Any]) -> None:
+    """Compare ``planned``, a forward, with that of ``root``.
+
+    Raises:
+        CannotPlan: they differ.
+    """
+    if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_flatten((call.args, call.kwargs))[0]):
+        return
+    rates = [(module, kind.rate) for module in root.modules() if (kind := drop_path_kind(module)) is not None]
+    before = [module.__dict__[rate] for module, rate in rates]
+    try:
+        for module, rate in rates:
+            module.__dict__[rate] = 0.0
+        expected = _run(root, call, type(root).forward)
+        actual = _run(root, call, planned)
+    except Exception as error:
+        raise CannotPlan(f"it cannot be run by itself ({type(error).__name__})") from error
+    finally:
+        for (module, rate), value in zip(rates, before, strict=True):
+            module.__dict__[rate] = value
+    for what, values, others in zip(("result", "input", "buffer", "gradient"), expected, actual, strict=True):
+        if len(values) != len(others) or not all(map(_agree, values, others)):
+            raise CannotPlan(f"its forward does more than its graph shows: the {what} is another")
+
+
+def _run(root: nn.Module, call: Call, forward: Callable[..., Any]) -> tuple[list[Any], ...]:
+    """What it returns; its inputs and the buffers afterwards; and the gradients."""
+    leaves: list[Tensor] = []
+
+    def fresh(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        copy = value.detach().clone()
+        if copy.is_floating_point():
+            leaves.append(copy.requires_grad_())
+            return copy.clone()  # no leaf, which nobody may write to
+        return copy
+
+    with preserved(root), torch.enable_grad():
+        torch.manual_seed(0)
+        args, kwargs = tree_map(fresh, (call.args, call.kwargs))
+        out = tree_flatten(forward(root, *args, **kwargs))[0]
+        inputs = tree_flatten((args, kwargs))[0]
+        buffers = [buffer.clone() for buffer in root.buffers()]
+        total = [
+            (value.float() * torch.linspace(0.5, 1.5, value.numel(), device=value.device).view(value.shape)).sum()
+            for value in out
+            if isinstance(value, Tensor) and value.requires_grad
+        ]
+        wanted = [*leaves, *(parameter for parameter in root.parameters() if parameter.requires_grad)]
+        gradients = list(torch.autograd.grad(torch.stack(total).sum(), wanted, allow_unused=True)) if total else []
+    return out, inputs, buffers, gradients
+
+
+def _agree(a: Any, b: Any) -> bool:
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return type(a) is type(b) and bool(a == b)
+    if a.dtype != b.dtype or a.shape != b.shape or a.requires_grad != b.requires_grad:
+        return False
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(a.dtype, 5e-2)
+    a, b = a.detach(), b.detach()
+    largest = float(a.abs().max()) if a.numel() and a.is_floating_point() else 0.0
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * largest, equal_nan=True)
