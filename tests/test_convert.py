@@ -276,6 +276,88 @@ def test_branches_that_treat_samples_by_themselves_are_skipped(branch):
     assert rng is not None
 
 
+class Linear(nn.Module):
+    """x + drop(f(x)), where f is for each class to say."""
+
+    def __init__(self, p=0.5):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.drop = OwnDropPath(p)
+
+    def forward(self, x):
+        return x + self.drop(self.branch(x))
+
+
+class WithoutGradient(Linear):
+    def branch(self, x):
+        with torch.no_grad():
+            x = x * 2
+        return self.linear(x)
+
+
+class LowerPrecision(Linear):
+    def branch(self, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.linear(x).to(x.dtype)
+
+
+class ReadsItsRate(Linear):
+    def branch(self, x):
+        return self.linear(x) * (1 + self.drop.drop_prob)
+
+
+class WritesToAnAlias(Linear):
+    def branch(self, x):
+        y = self.linear(x)
+        flat = y.view(-1)
+        flat += 1
+        return y
+
+
+@pytest.mark.parametrize("block", [WithoutGradient, LowerPrecision, ReadsItsRate, WritesToAnAlias])
+@pytest.mark.parametrize("level", ["fuse", "skip"])
+def test_what_a_graph_does_not_show(block, level):
+    """The original runs where the rewritten forward would compute something else."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(block(0.1), block(0.5)).double().train(), images(6, 8)
+    convert(model, "keep")
+    expected = step(model, x)
+    convert(model, level, example=x, min_drop_prob=0.0)
+    assert_same_step(step(model, x), expected)
+
+
+def test_batch_norm_that_is_unfrozen_later_is_not_skipped():
+    model = Branch(nn.BatchNorm1d(8))
+    model.branch.eval()
+    report = convert(model, "skip", example=torch.randn(6, 8), min_drop_prob=0.0)
+    model.train()
+    model(torch.randn(6, 8))
+    assert [(site.level, site.missed) for site in report.sites] == [("skip", 1)]
+
+
+class KeepProbabilityDropPath(OwnDropPath):
+    def forward(self, x):
+        return x * x.new_empty(len(x), *[1] * (x.ndim - 1)).bernoulli_(self.drop_prob) / self.drop_prob
+
+
+class FeatureDropPath(OwnDropPath):
+    def forward(self, x):
+        return x * x.new_empty(1, *x.shape[1:]).bernoulli_(0.5) * 2 if self.training else x
+
+
+class ToldDropPath(OwnDropPath):
+    def forward(self, x, scale=1.0):
+        return super().forward(x) * scale
+
+
+@pytest.mark.parametrize("drop", [KeepProbabilityDropPath, FeatureDropPath, ToldDropPath])
+def test_what_only_looks_like_a_drop_path_is_left_alone(drop):
+    model = Branch(nn.Linear(8, 8)).train()
+    model.drop_path = drop(0.5)
+    assert convert(model, "fuse", example=torch.randn(6, 8)).sites == []
+    assert type(model.drop_path) is drop
+
+
 def test_batch_mode_is_fused():
     model = Branch(nn.Linear(8, 8)).train()
     model.drop_path = torchvision.ops.StochasticDepth(0.5, "batch")

@@ -1,5 +1,7 @@
 """Which modules are drop paths, and how they store what ``drop_path`` is called with."""
 
+import inspect
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -51,7 +53,10 @@ def drop_path_kind(module: nn.Module) -> DropPathKind | None:
     rate = next((name for name in RATES if _is_rate(module.__dict__.get(name, ""))), None)
     if rate is None or any(module.children()) or any(module.parameters()) or any(module.buffers()):
         return None
-    key = (cls, rate, module.__dict__.get("scale_by_keep"), module.__dict__.get("mode"))
+    if len(inspect.signature(cls.forward).parameters) != 2:  # what else it is told would be lost
+        return None
+    settings = {name: value for name, value in module.__dict__.items() if name not in (*nn.Module().__dict__, rate)}
+    key = (cls, rate, repr(sorted(settings.items(), key=str)))
     if key not in _kinds:
         _kinds[key] = _kind_by_behaviour(module, rate)
     return _kinds[key]
@@ -62,11 +67,11 @@ def _is_rate(value: Any) -> bool:
 
 
 def _kind_by_behaviour(module: nn.Module, rate: str) -> DropPathKind | None:
-    """Calls a copy on 64 samples of two ones each, until some are kept."""
-    x = torch.ones(64, 2, 1, device="cpu")
+    """Calls a copy on 64 samples of 16 x 3 ones each, until some are kept: of 4, about 3."""
+    x = torch.ones(64, 16, 3, device="cpu")
     copy = type(module).__new__(type(module))
     copy.__dict__.update(module.__dict__)
-    copy.__dict__[rate] = 0.5
+    copy.__dict__[rate] = 0.25
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.device("cpu"):
             copy.training = False
@@ -82,16 +87,19 @@ def _kind_by_behaviour(module: nn.Module, rate: str) -> DropPathKind | None:
         return None
     samples = out[:, 0, 0]
     scale = float(samples.max())
-    if scale not in (1.0, 2.0) or not torch.equal(out, samples.view(64, 1, 1).expand_as(x)):
+    scales = math.isclose(scale, 4 / 3, rel_tol=1e-6)
+    if not (scales or scale == 1.0) or not torch.equal(out, samples.view(64, 1, 1).expand_as(x)):
         return None
     if not ((samples == 0.0) | (samples == scale)).all():
         return None
     mode = "batch" if bool(samples.all()) else "row"
+    if mode == "row" and not 32 <= int(samples.count_nonzero()) < 64:  # it keeps what it should drop
+        return None
     if "mode" in module.__dict__:
         if module.__dict__["mode"] != mode:
             return None
         mode = "mode"
-    scale_by_keep: str | bool = scale == 2.0
+    scale_by_keep: str | bool = scales
     if "scale_by_keep" in module.__dict__:
         if bool(module.__dict__["scale_by_keep"]) != scale_by_keep:
             return None

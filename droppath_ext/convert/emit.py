@@ -58,7 +58,7 @@ class Branch:
         settings = ", ".join(
             f"{name}=drop.{value}" if is_attribute else f"{name}={value!r}"
             for name, value, is_attribute in self.kind.settings()
-        )
+        ).replace(f"=drop.{self.kind.rate},", f"=drop.{self.kind.rate} or 0.0,")
         gamma = ", gamma=gamma" if self.has_gamma else ""
         others = "".join(f", {name}" for name in self.outside)
         is_row = ' and drop.mode == "row"' if self.kind.mode == "mode" else ""
@@ -67,7 +67,7 @@ class Branch:
             f"def {self.name}(self, drop, taken{others}{', gamma' if self.has_gamma else ''}):\n"
             f"    def branch({', '.join(['taken', *batched, *rest])}):\n"
             f"{textwrap.indent(body, '    ')}\n"
-            f"    if drop.training and drop.{self.kind.rate} >= {self.min_rate}{is_row}:\n"
+            f"    if drop.training and (drop.{self.kind.rate} or 0.0) >= {self.min_rate}{is_row}:\n"
             f"        batched = ({''.join(f'{name}, ' for name in batched)})\n"
             f"        return _dp_skip(taken, branch, {skipped}{gamma}, batched=batched)\n"
             f"    return _dp_add(branch(taken{''.join(', ' + b for b in batched)}), taken, {settings}{gamma})\n\n\n"
@@ -180,7 +180,8 @@ def _conditions(trace: Trace, swallowed: dict[str, fx.Node]) -> tuple[str, list[
             continue
         lines.append(f"        {node.name} = {_access(path)}\n")
         watched.append(node.name)
-        conditions.append(f"hasattr({node.name}, {_rate_of(trace.root, path)!r})")
+        conditions.append(f"getattr({node.name}, {_rate_of(trace.root, path)!r}, None) is not None")
+    conditions += [f"not {_access(path)}.training" for path in trace.frozen]
     for i, path in enumerate(dict.fromkeys(trace.inlined)):
         name = f"_dp_inlined_{i}"
         lines.append(f"        {name} = {_access(path)}\n")

@@ -29,7 +29,7 @@ from .trace import (
     submodule,
     trace_call,
 )
-from .verify import verify
+from .verify import rates_set_to, verify
 
 LEVELS = ("keep", "fuse", "skip")
 
@@ -85,6 +85,10 @@ def plan_block(
         trace = trace_call(root, call, inline, follow_shapes=False)
     except CannotPlan:
         trace = trace_call(root, call, inline, follow_shapes=True)
+    with rates_set_to(root, 0.123):
+        again = trace_call(root, call, inline, follow_shapes=trace.shapes_matter)
+    if str(again.graph) != str(trace.graph):
+        raise CannotPlan("its forward depends on the rates of its drop paths, or on chance")
     _follow_in_place(trace)
     _unstack(trace)
     planner = _Planner(trace, level, min_rate)
@@ -342,10 +346,13 @@ class _Planner:
         for node in inside:
             if node.op != "call_module":
                 continue
-            for module in submodule(self.root, str(node.target)).modules():
+            for inner, module in submodule(self.root, str(node.target)).named_modules():
                 name = type(module).__name__
-                if _is_batch_norm(module) and module.training:
-                    raise CannotPlan(f"{name} in the branch takes its statistics of the whole batch")
+                if _is_batch_norm(module):
+                    if module.training:
+                        raise CannotPlan(f"{name} in the branch takes its statistics of the whole batch")
+                    path = f"{node.target}.{inner}" if inner else str(node.target)
+                    self.trace.frozen += [path] if path not in self.trace.frozen else []
                 if _ROUTERS.search(name):
                     raise CannotPlan(f"{name} in the branch routes samples together")
 

@@ -38,6 +38,7 @@ class Trace:
     known: dict[fx.Node, Any]  # values that were computed before
     shapes_matter: bool  # control flow, or an integer, depends on the shape of a tensor, but not on the batch's size
     inlined: list[str] = field(default_factory=list)  # modules whose calls the graph does not show
+    frozen: list[str] = field(default_factory=list)  # modules that must stay in evaluation mode
 
 
 def submodule(root: nn.Module, path: str) -> nn.Module:
@@ -268,7 +269,7 @@ class _Tracer(fx.Tracer):
         """An argument with proxies in place of its tensors, and with their nodes."""
         if isinstance(value, Tensor):
             proxy = self.create_proxy("placeholder", name, (), {})
-            self.known[proxy.node] = value
+            self.known[proxy.node] = value.detach().clone()  # which the forward may write to
             return proxy, proxy.node
         if type(value) in (tuple, list, torch.Size):
             pairs = [self._stand_in(f"{name}_{i}", part) for i, part in enumerate(value)]

@@ -4,7 +4,8 @@ A graph does not show all that a forward does: autocast and no_grad around a par
 something else holds, functions with gradients of their own, Python's random numbers.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from .drops import drop_path_kind
 from .independence import preserved
+from .runtime import MISSED
 from .trace import Call, CannotPlan
 
 
@@ -24,21 +26,32 @@ def verify(root: nn.Module, call: Call, planned: Callable[..., Any]) -> None:
     """
     if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_flatten((call.args, call.kwargs))[0]):
         return
-    rates = [(module, kind.rate) for module in root.modules() if (kind := drop_path_kind(module)) is not None]
-    before = [module.__dict__[rate] for module, rate in rates]
+    root.__dict__.pop(MISSED, None)
     try:
-        for module, rate in rates:
-            module.__dict__[rate] = 0.0
-        expected = _run(root, call, type(root).forward)
-        actual = _run(root, call, planned)
+        with rates_set_to(root, 0.0):
+            expected = _run(root, call, type(root).forward)
+            actual = _run(root, call, planned)
     except Exception as error:
         raise CannotPlan(f"it cannot be run by itself ({type(error).__name__})") from error
-    finally:
-        for (module, rate), value in zip(rates, before, strict=True):
-            module.__dict__[rate] = value
+    if root.__dict__.pop(MISSED, 0):
+        raise CannotPlan("its example does not meet the conditions of its plan")
     for what, values, others in zip(("result", "input", "buffer", "gradient"), expected, actual, strict=True):
         if len(values) != len(others) or not all(map(_agree, values, others)):
             raise CannotPlan(f"its forward does more than its graph shows: the {what} is another")
+
+
+@contextlib.contextmanager
+def rates_set_to(root: nn.Module, rate: float) -> Iterator[None]:
+    """With another rate in all drop paths of a block."""
+    drops = [(module, kind.rate) for module in root.modules() if (kind := drop_path_kind(module)) is not None]
+    before = [module.__dict__[name] for module, name in drops]
+    try:
+        for module, name in drops:
+            module.__dict__[name] = rate
+        yield
+    finally:
+        for (module, name), value in zip(drops, before, strict=True):
+            module.__dict__[name] = value
 
 
 def _run(root: nn.Module, call: Call, forward: Callable[..., Any]) -> tuple[list[Any], ...]:
