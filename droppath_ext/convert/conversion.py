@@ -12,11 +12,11 @@ from torch.compiler import is_compiling
 from ..tracing import is_jit_tracing
 from .drops import NAMES, drop_path_kind
 from .emit import kept_source
-from .independence import preserved
 from .model_plan import ModelPlan, plan_model
 from .mount import is_mounted, mount, unmount
 from .observe import Observer
 from .plan import LEVELS
+from .preserve import preserved
 from .report import ConversionReport, ConvertedSite
 from .trace import Call
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .preserve import preserved_generators
+
 NAMES = re.compile(r"drop_?path|stochastic_?depth|drop_?connect", re.IGNORECASE)
 RATES = ("drop_prob", "p")  # timm, transformers, MONAI and mmcv; torchvision
 
@@ -73,7 +75,7 @@ def _kind_by_behaviour(module: nn.Module, rate: str) -> DropPathKind | None:
     copy.__dict__.update(module.__dict__)
     copy.__dict__[rate] = 0.25
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        with torch.no_grad(), preserved_generators(), torch.device("cpu"):
             copy.training = False
             if not torch.equal(copy.forward(x), x):
                 return None

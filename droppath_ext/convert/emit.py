@@ -17,7 +17,10 @@ _HEADER = """\
 from math import inf, nan
 import torch
 from torch import Tensor as _dp_Tensor
-from droppath_ext.convert.runtime import missed as _dp_missed, same as _dp_same, watched as _dp_watched
+from sys import modules as _dp_modules
+from droppath_ext.convert.runtime import (
+    identity as _dp_identity, missed as _dp_missed, same as _dp_same, watched as _dp_watched,
+)
 """
 _FUNCTIONS = "from droppath_ext.functional import drop_path_add as _dp_add, stochastic_depth as _dp_skip\n"
 
@@ -30,6 +33,7 @@ class Branch:
         self.kind = kind
         self.has_gamma = has_gamma
         self.batched: tuple[int, ...] = ()  # which of the values from outside have samples, which are taken, too
+        self.shared: tuple[int, ...] = ()  # which of them are tensors for all samples
         self.min_rate = 0.0
         self.call = _named_function(self.name)
 
@@ -61,13 +65,18 @@ class Branch:
         ).replace(f"=drop.{self.kind.rate},", f"=drop.{self.kind.rate} or 0.0,")
         gamma = ", gamma=gamma" if self.has_gamma else ""
         others = "".join(f", {name}" for name in self.outside)
-        is_row = ' and drop.mode == "row"' if self.kind.mode == "mode" else ""
+        conditions = ["drop.training", f"(drop.{self.kind.rate} or 0.0) >= {self.min_rate}"]
+        if self.kind.mode == "mode":
+            conditions.append('drop.mode == "row"')
+        # A mask, say, may have an entry for each sample in one call, and one for all in the next.
+        conditions += [f"{name}.shape[0] == taken.shape[0]" for name in batched]
+        conditions += [f"{self.outside[i]}.shape[0] != taken.shape[0]" for i in self.shared]
         skipped = settings.replace(", mode=drop.mode", "")
         return imports, (
             f"def {self.name}(self, drop, taken{others}{', gamma' if self.has_gamma else ''}):\n"
             f"    def branch({', '.join(['taken', *batched, *rest])}):\n"
             f"{textwrap.indent(body, '    ')}\n"
-            f"    if drop.training and (drop.{self.kind.rate} or 0.0) >= {self.min_rate}{is_row}:\n"
+            f"    if {' and '.join(conditions)}:\n"
             f"        batched = ({''.join(f'{name}, ' for name in batched)})\n"
             f"        return _dp_skip(taken, branch, {skipped}{gamma}, batched=batched)\n"
             f"    return _dp_add(branch(taken{''.join(', ' + b for b in batched)}), taken, {settings}{gamma})\n\n\n"
@@ -137,7 +146,7 @@ def block_source(trace: Trace, swallowed: dict[str, fx.Node], branches: list[Bra
 
     A plan that ``gives_up`` may find out while it runs that the call is none of these.
     """
-    parameters = inspect.signature(type(trace.root).forward).parameters.values()
+    own, *parameters = inspect.signature(type(trace.root).forward).parameters.values()
     modules, conditions, rebound = _conditions(trace, swallowed)
     imports, body = _body(trace.graph, branches)
     body = textwrap.indent(body, "        ")
@@ -154,14 +163,14 @@ def block_source(trace: Trace, swallowed: dict[str, fx.Node], branches: list[Bra
     lines = sorted(set(imports.splitlines(keepends=True)))
     return (
         f"{_HEADER}{_FUNCTIONS if branches else ''}{''.join(lines)}\n\n{''.join(functions)}"
-        f"def forward({_declare(parameters)}):\n"
+        f"def forward({_declare(own, parameters)}):\n"
         f"    if self.training:\n"
         f"{modules}"
         f"        if ({' and '.join(conditions)}):\n"
         f"{rebound}"
         f"{body}"
         f"        _dp_missed(self)\n"
-        f"    return original.forward({', '.join(map(_argument, parameters))})\n"
+        f"    return original.forward({', '.join(['self', *map(_argument, parameters)])})\n"
     )
 
 
@@ -171,9 +180,9 @@ def _conditions(trace: Trace, swallowed: dict[str, fx.Node]) -> tuple[str, list[
     conditions: list[str] = []
     watched: list[str] = []
     rebound: list[str] = []
+    names = {"": "self"}
     for name, value in trace.parameters.items():
         _match(trace, name, value, conditions, rebound)
-    conditions += _members(trace.root, "self")
     for path, node in swallowed.items():
         if path == "":
             lines.append(f"        {node.name} = self\n")
@@ -186,10 +195,11 @@ def _conditions(trace: Trace, swallowed: dict[str, fx.Node]) -> tuple[str, list[
         name = f"_dp_inlined_{i}"
         lines.append(f"        {name} = {_access(path)}\n")
         watched.append(name)
-        module = submodule(trace.root, path)
-        conditions.append(f"type({name}).__name__ == {type(module).__name__!r}")
-        if any(module.children()):
-            conditions += [f"{name}.training", *_members(module, name)]
+        conditions.append(f"type({name}).__name__ == {type(submodule(trace.root, path)).__name__!r}")
+        names[path] = name
+    for condition in trace.conditions:
+        module = "" if condition.path is None else names.get(condition.path) or _access(condition.path)
+        conditions.append(f"{condition.before}{module}{condition.after}")
     if watched:
         conditions.append(f"not _dp_watched({', '.join(watched)})")
     return "".join(lines), conditions, "".join(rebound)
@@ -199,8 +209,13 @@ def _match(trace: Trace, name: str, value: Any, conditions: list[str], rebound: 
     """When an argument is what it was planned to be; and lines that name its tensors, where they have no name yet."""
     if isinstance(value, fx.Node):
         conditions.append(f"isinstance({name}, _dp_Tensor)")
-        if trace.shapes_matter:
-            conditions.append(f"{name}.shape[1:] == {tuple(trace.value(value).shape[1:])}")
+        planned = trace.value(value)
+        if "shape" in trace.consulted:
+            conditions.append(f"{name}.shape[1:] == {tuple(planned.shape[1:])}")
+        if "dtype" in trace.consulted:
+            conditions.append(f"{name}.dtype is {planned.dtype}")
+        if "device" in trace.consulted:
+            conditions.append(f"{name}.device.type == {planned.device.type!r}")
         if not name.isidentifier():
             rebound.append(f"            {value.target} = {name}\n")
     elif isinstance(value, tuple | list) and _has_tensors(value):
@@ -225,29 +240,6 @@ def _has_tensors(value: Any) -> bool:
     return isinstance(value, fx.Node | dict)
 
 
-def _members(module: nn.Module, name: str) -> list[str]:
-    """That the members which a forward may decide by, and which the graph has decided by, are what they were."""
-    own = nn.Module().__dict__
-    plain = {
-        key: value
-        for key, value in module.__dict__.items()
-        if key not in own and not key.startswith("_droppath_ext") and key.isidentifier() and _is_plain(value)
-    }
-    conditions = []
-    if plain:
-        members = "".join(f"{name}.{key}, " for key in plain)
-        conditions.append(f"({members}) == {tuple(plain.values())!r}")
-    for key, tensor in (*module._parameters.items(), *module._buffers.items()):
-        conditions.append(f"getattr({name}, {key!r}, None) is {'None' if tensor is None else 'not None'}")
-    return conditions
-
-
-def _is_plain(value: Any) -> bool:
-    if type(value) in (tuple, list):
-        return all(map(_is_plain, value))
-    return value is None or type(value) in (bool, int, float, str)
-
-
 def _rate_of(root: nn.Module, path: str) -> str:
     kind = drop_path_kind(submodule(root, path))
     assert kind is not None
@@ -262,14 +254,19 @@ def _access(path: str) -> str:
     return expression
 
 
-def _declare(parameters: Iterable[inspect.Parameter]) -> str:
-    declared: list[str] = []
-    for parameter in parameters:
+def _declare(own: inspect.Parameter, parameters: list[inspect.Parameter]) -> str:
+    """The parameters of a forward, the first of which is self, whatever it was called."""
+    declared = ["self"]
+    kinds = [own.kind, *(parameter.kind for parameter in parameters)]
+    positional_only = kinds.count(inspect.Parameter.POSITIONAL_ONLY)
+    for i, parameter in enumerate(parameters, 1):
+        if i == positional_only:
+            declared.append("/")
         if parameter.kind is parameter.KEYWORD_ONLY and not any(name.startswith("*") for name in declared):
             declared.append("*")
         default = "" if parameter.default is parameter.empty else f"={parameter.default!r}"
         declared.append(f"{_stars(parameter)}{parameter.name}{default}")
-    return ", ".join(declared)
+    return ", ".join([*declared, "/"] if positional_only == len(kinds) else declared)
 
 
 def _argument(parameter: inspect.Parameter) -> str:

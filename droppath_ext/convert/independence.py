@@ -1,9 +1,8 @@
 """Does a branch treat every sample by itself? Only then may dropped samples be left out of it."""
 
-import contextlib
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .preserve import preserved
 from .trace import CannotPlan
 
 SAMPLES = 4  # of the example, that are looked at
@@ -110,7 +110,10 @@ def _time(root: nn.Module, branch: Callable[..., Any], residual: Tensor, outside
             x = residual.detach().clone().requires_grad_()
             _synchronize(x)
             begin = time.perf_counter()
-            torch.autograd.grad(branch(x, *outside).sum(), [x, *parameters], allow_unused=True)
+            y = branch(x, *outside)
+            if not y.requires_grad:
+                raise CannotPlan("the branch has no gradient")
+            torch.autograd.grad(y.sum(), [x, *parameters], allow_unused=True)
             _synchronize(x)
             seconds = time.perf_counter() - begin
     return seconds
@@ -135,33 +138,3 @@ class _WithoutDropout(TorchFunctionMode):
         elif "dropout" in name:
             return args[0] if args else kwargs["input"]
         return func(*args, **kwargs)
-
-
-@contextlib.contextmanager
-def unsharded(root: nn.Module) -> Iterator[None]:
-    """With the parameters that FSDP2 has sharded at hand, as they are while their modules run."""
-    sharded: list[Any] = [
-        module for module in root.modules() if hasattr(module, "unshard") and hasattr(module, "reshard")
-    ]
-    for module in sharded:
-        module.unshard()
-    try:
-        yield
-    finally:
-        for module in sharded:
-            module.reshard()
-
-
-@contextlib.contextmanager
-def preserved(root: nn.Module) -> Iterator[None]:
-    """Buffers and random number generators are afterwards as they were."""
-    buffers = [(buffer, buffer.clone()) for buffer in root.buffers() if not buffer.is_meta]
-    devices = {p.device for p in itertools.chain(root.parameters(), root.buffers()) if p.is_cuda}
-    try:
-        with torch.random.fork_rng(devices=[device.index for device in devices]):
-            yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in buffers:
-                if not torch.equal(buffer, value):  # else autograd would take it for another
-                    buffer.copy_(value)

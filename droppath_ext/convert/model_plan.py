@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from .drops import drop_path_kind
-from .independence import preserved, unsharded
 from .mount import mount
 from .observe import Caller, Observer
 from .plan import BlockPlan, Outcome, plan_block
+from .preserve import preserved, unsharded
 from .report import ConvertedSite
 from .trace import Call, CannotPlan
 

@@ -29,7 +29,7 @@ from .trace import (
     submodule,
     trace_call,
 )
-from .verify import rates_set_to, verify
+from .verify import verify
 
 LEVELS = ("keep", "fuse", "skip")
 
@@ -85,10 +85,6 @@ def plan_block(
         trace = trace_call(root, call, inline, follow_shapes=False)
     except CannotPlan:
         trace = trace_call(root, call, inline, follow_shapes=True)
-    with rates_set_to(root, 0.123):
-        again = trace_call(root, call, inline, follow_shapes=trace.shapes_matter)
-    if str(again.graph) != str(trace.graph):
-        raise CannotPlan("its forward depends on the rates of its drop paths, or on chance")
     _follow_in_place(trace)
     _unstack(trace)
     planner = _Planner(trace, level, min_rate)
@@ -270,10 +266,14 @@ class _Planner:
         self._check_structure(inside)
         branch = Branch(len(self.branches), site.kind, site.gamma is not None)
         branch.copy_nodes(inside, outside, site.residual, site.y)
-        found = independence(
-            self.root, branch.function(self.root), self._value(site.residual), [*map(self._value, outside)]
-        )
+        residual, values = self._value(site.residual), [*map(self._value, outside)]
+        found = independence(self.root, branch.function(self.root), residual, values)
         branch.batched = found.batched
+        branch.shared = tuple(
+            i
+            for i, value in enumerate(values)
+            if isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] != residual.shape[0]
+        )
         branch.min_rate = self._min_rate(found.seconds)
         gamma = () if site.gamma is None else (site.gamma,)
         with self.graph.inserting_before(site.add):
@@ -394,7 +394,7 @@ def _unstack(trace: Trace) -> None:
         if (*total.args[1:], *total.kwargs.items()) not in ((0,), (("dim", 0),)):
             continue
         operands = add_operands(next(iter(total.users)))
-        if operands is None:
+        if operands is None or operands[0] is operands[1]:
             continue
         addition = next(iter(total.users))
         with graph.inserting_before(addition):

@@ -1,7 +1,11 @@
 """What the generated code calls, beside the public functions."""
 
+import enum
+import functools
+from types import FunctionType, MethodType
 from typing import Any
 
+import torch
 import torch.nn.modules.module
 from torch import nn
 from torch.compiler import is_compiling
@@ -51,3 +55,18 @@ def same(value: Any, planned: Any) -> bool:
             and all(same(a, b) for a, b in zip(value, planned, strict=True))
         )
     return type(value) is type(planned) and bool(value == planned)
+
+
+def identity(value: Any) -> tuple[Any, ...] | None:
+    """What tells a function, class or constant from others, in a form that source text can hold; None for others."""
+    if isinstance(value, MethodType):
+        return identity(value.__func__)
+    if isinstance(value, FunctionType):
+        return value.__module__, value.__qualname__, value.__code__.co_firstlineno
+    if isinstance(value, functools.partial):
+        return identity(value.func), repr(value.args), repr(value.keywords)
+    if isinstance(value, enum.Enum | torch.dtype | torch.device | torch.layout | torch.memory_format):
+        return type(value).__name__, str(value)
+    if callable(value) and hasattr(value, "__qualname__"):
+        return value.__module__, value.__qualname__
+    return None

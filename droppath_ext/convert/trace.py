@@ -1,10 +1,13 @@
 """A block's training forward as a graph of torch.fx, for arguments of the kind that one call had."""
 
+import collections
 import contextlib
+import gc
 import inspect
 import math
 import operator
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +16,8 @@ import torch
 import torch.fx._symbolic_trace
 from torch import Tensor, fx, nn
 from torch.fx.proxy import TraceError
+
+from .reads import Condition, Reads
 
 
 class CannotPlan(Exception):
@@ -36,7 +41,10 @@ class Trace:
     parameters: dict[str, Any]  # of the forward, with the value in that call; in place of tensors their placeholders
     value: Callable[[fx.Node], Any]  # of a node in that call
     known: dict[fx.Node, Any]  # values that were computed before
-    shapes_matter: bool  # control flow, or an integer, depends on the shape of a tensor, but not on the batch's size
+    consulted: set[
+        str
+    ]  # which of shape, dtype and device control flow, or an integer, depends on; not the batch's size
+    conditions: list[Condition]  # what else it depends on
     inlined: list[str] = field(default_factory=list)  # modules whose calls the graph does not show
     frozen: list[str] = field(default_factory=list)  # modules that must stay in evaluation mode
 
@@ -123,6 +131,15 @@ def is_shape(node: fx.Node) -> bool:
     return (known or getattr(node.target, "__module__", "") == "math") and bool(inputs) and all(map(is_shape, inputs))
 
 
+def _consulted(node: fx.Node) -> set[str]:
+    """What an expression of shapes is made of: "shape", "dtype" or "device"."""
+    if node.op == "call_function" and node.target is getattr and node.args[1] in ("dtype", "device", "is_cuda"):
+        return {"dtype" if node.args[1] == "dtype" else "device"}
+    if node.op == "call_method" or node.target is getattr:
+        return {"shape"}
+    return set().union(*map(_consulted, node.all_input_nodes))
+
+
 def reads_batch_size(node: fx.Node) -> bool:
     """Whether an expression of shapes reads dim 0 of a tensor."""
     if node.op == "call_method":
@@ -172,39 +189,42 @@ class _ValuedProxy(fx.Proxy):
 class _Tracer(fx.Tracer):
     """Children are leaves, but for LayerScale and those in ``inline``. What other threads call is not traced."""
 
-    def __init__(self, call: Call, inline: frozenset[nn.Module], follow_shapes: bool) -> None:
+    def __init__(self, root: nn.Module, call: Call, inline: frozenset[nn.Module], follow_shapes: bool) -> None:
         super().__init__(autowrap_modules=(math,), param_shapes_constant=True)
         self.call = call
         self.inline = inline
         self.follow_shapes = follow_shapes
-        self.shapes_matter = False
+        self.consulted: set[str] = set()
         self.known: dict[fx.Node, Any] = {}
         self.parameters: dict[str, Any] = {}
         self.inlined: list[str] = []
-        self.thread = threading.get_ident()
-        self.evaluating = False
+        self.reads = Reads(root)
+        self.proxies: list[weakref.ref[fx.Proxy]] = []
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if m in self.inline or is_layer_scale(m):
-            self.inlined.append(module_qualified_name)
-            return False
-        return True
-
-    def _is_idle(self) -> bool:
-        return self.evaluating or threading.get_ident() != self.thread
+        with self.reads.paused():
+            if m in self.inline or is_layer_scale(m):
+                self.inlined.append(module_qualified_name)
+                return False
+            return True
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        if self._is_idle():
+        if self.reads.is_idle:
             return forward(*args, **kwargs)
         return super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        return attr_val if self._is_idle() else super().getattr(attr, attr_val, parameter_proxy_cache)
+        if self.reads.is_idle:
+            return attr_val
+        with self.reads.paused():
+            return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _ValuedProxy(node, self) if self.follow_shapes else super().proxy(node)
+        proxy = _ValuedProxy(node, self) if self.follow_shapes else super().proxy(node)
+        self.proxies.append(weakref.ref(proxy))
+        return proxy
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         if not self.follow_shapes:
@@ -219,7 +239,7 @@ class _Tracer(fx.Tracer):
             raise CannotPlan(f"control flow depends on the values of a tensor ({what})")
         if not batch and reads_batch_size(node):
             raise CannotPlan(f"control flow depends on the number of samples ({what})")
-        self.shapes_matter = True
+        self.consulted |= _consulted(node)
 
     def value(self, node: fx.Node) -> Any:
         if node not in self.known:
@@ -228,19 +248,15 @@ class _Tracer(fx.Tracer):
         return self.known[node]
 
     def _compute(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        was_evaluating, self.evaluating = self.evaluating, True
-        try:
-            with torch.no_grad():
-                if node.op == "get_attr":
-                    return attribute(self.root, str(node.target))
-                if node.op == "call_module":
-                    return submodule(self.root, str(node.target))(*args, **kwargs)
-                if node.op == "call_method":
-                    return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-                assert callable(node.target)
-                return node.target(*args, **kwargs)
-        finally:
-            self.evaluating = was_evaluating
+        with self.reads.paused(), torch.no_grad():
+            if node.op == "get_attr":
+                return attribute(self.root, str(node.target))
+            if node.op == "call_module":
+                return submodule(self.root, str(node.target))(*args, **kwargs)
+            if node.op == "call_method":
+                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            assert callable(node.target)
+            return node.target(*args, **kwargs)
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
@@ -251,8 +267,7 @@ class _Tracer(fx.Tracer):
         except TypeError as error:
             raise CannotPlan(f"its arguments do not fit its signature: {error}") from None
         names = list(signature.parameters)
-        bound.arguments.pop(names[0])
-        for name, value in bound.arguments.items():
+        for name, value in list(bound.arguments.items())[1:]:
             bound.arguments[name], self.parameters[name] = self._stand_in(name, value)
         for name in names[1:]:
             parameter = signature.parameters[name]
@@ -262,8 +277,12 @@ class _Tracer(fx.Tracer):
                 self.parameters[name] = self._stand_in(name, parameter.default)[1]
             else:  # *args or **kwargs without any
                 self.parameters[name] = () if parameter.kind is parameter.VAR_POSITIONAL else {}
-        args, kwargs = bound.args, bound.kwargs
-        return (lambda: root_fn(self.root, *args, **kwargs)), []
+
+        def run() -> Any:
+            with self.reads.recording():
+                return root_fn(*bound.args, **bound.kwargs)
+
+        return run, []
 
     def _stand_in(self, name: str, value: Any) -> tuple[Any, Any]:
         """An argument with proxies in place of its tensors, and with their nodes."""
@@ -292,7 +311,7 @@ def trace_call(root: nn.Module, call: Call, inline: frozenset[nn.Module], *, fol
     Raises:
         CannotPlan: why there is no graph.
     """
-    tracer = _Tracer(call, inline, follow_shapes)
+    tracer = _Tracer(root, call, inline, follow_shapes)
     with _lock, _unchanged(root):
         try:
             graph = tracer.trace(root)
@@ -301,17 +320,40 @@ def trace_call(root: nn.Module, call: Call, inline: frozenset[nn.Module], *, fol
         except Exception as error:
             line = str(error).strip().splitlines()[0] if str(error).strip() else ""
             raise CannotPlan(f"its forward cannot be traced ({type(error).__name__}: {line[:120]})") from error
+    if tracer.reads.refusal:
+        raise CannotPlan(tracer.reads.refusal)
+    if _any_alive(tracer.proxies):
+        raise CannotPlan("its forward keeps a tensor for longer than the call")
     for node in graph.nodes:
         if node.op == "get_attr" and str(node.target).startswith("_tensor_constant"):
             raise CannotPlan("its forward makes a tensor that the graph would keep for good")
-    _erase_nothings(root, graph)
-    return Trace(root, graph, tracer.parameters, tracer.value, tracer.known, tracer.shapes_matter, tracer.inlined)
+    trace = Trace(
+        root,
+        graph,
+        tracer.parameters,
+        tracer.value,
+        tracer.known,
+        tracer.consulted,
+        list(tracer.reads.conditions),
+        tracer.inlined,
+    )
+    _erase_nothings(trace)
+    return trace
 
 
-def _erase_nothings(root: nn.Module, graph: fx.Graph) -> None:
+def _any_alive(proxies: list["weakref.ref[fx.Proxy]"]) -> bool:
+    if all(proxy() is None for proxy in proxies):
+        return False
+    gc.collect()
+    return any(proxy() is not None for proxy in proxies)
+
+
+def _erase_nothings(trace: Trace) -> None:
     """Calls of nn.Identity, and what nobody uses and only reads."""
+    graph = trace.graph
     for node in list(graph.nodes):
-        if node.op == "call_module" and type(submodule(root, str(node.target))) is nn.Identity:
+        if node.op == "call_module" and type(submodule(trace.root, str(node.target))) is nn.Identity:
+            trace.inlined.append(str(node.target))
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
     for node in reversed(list(graph.nodes)):
@@ -324,6 +366,12 @@ def _erase_nothings(root: nn.Module, graph: fx.Graph) -> None:
 def _unchanged(root: nn.Module) -> Iterator[None]:
     """Attributes that the forward writes are put back; that it writes any is no matter of the graph."""
     before = {module: dict(module.__dict__) for module in root.modules()}
+    containers = [
+        (name, value, value.copy())
+        for members in before.values()
+        for name, value in members.items()
+        if isinstance(value, list | dict | set | collections.deque) and name not in nn.Module().__dict__
+    ]
     buffers = {module: dict(module._buffers) for module in root.modules()}
     constants = set(root.__dict__)
     changed: list[str] = []
@@ -346,5 +394,17 @@ def _unchanged(root: nn.Module) -> Iterator[None]:
                 elif members[name] is not value:
                     changed.append(name)
                     module.__dict__[name] = members[name]
+        for name, value, content in containers:
+            if not _has_members(value, content):
+                changed.append(name)
+                value.clear()
+                (value.extend if isinstance(value, list | collections.deque) else value.update)(content)
     if changed:
         raise CannotPlan(f"its forward writes to its attribute {changed[0]}")
+
+
+def _has_members(container: Any, members: Any) -> bool:
+    """The same ones: equal tensors are not."""
+    if isinstance(container, dict):
+        return list(map(id, container.values())) == list(map(id, members.values())) and list(container) == list(members)
+    return list(map(id, container)) == list(map(id, members))

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-from .drops import drop_path_kind
-from .independence import preserved
+from .drops import DropPathKind, drop_path_kind
+from .preserve import preserved
 from .runtime import MISSED
 from .trace import Call, CannotPlan
 
@@ -28,8 +28,10 @@ def verify(root: nn.Module, call: Call, planned: Callable[..., Any]) -> None:
         return
     root.__dict__.pop(MISSED, None)
     try:
-        with rates_set_to(root, 0.0):
+        # At a rate above 0 a drop path returns no alias of its input, which the forward may write to.
+        with _members_set_to(root, lambda kind: {"forward": torch.clone}):
             expected = _run(root, call, type(root).forward)
+        with _members_set_to(root, lambda kind: {kind.rate: 0.0}):
             actual = _run(root, call, planned)
     except Exception as error:
         raise CannotPlan(f"it cannot be run by itself ({type(error).__name__})") from error
@@ -41,17 +43,18 @@ def verify(root: nn.Module, call: Call, planned: Callable[..., Any]) -> None:
 
 
 @contextlib.contextmanager
-def rates_set_to(root: nn.Module, rate: float) -> Iterator[None]:
-    """With another rate in all drop paths of a block."""
-    drops = [(module, kind.rate) for module in root.modules() if (kind := drop_path_kind(module)) is not None]
-    before = [module.__dict__[name] for module, name in drops]
+def _members_set_to(root: nn.Module, members: Callable[[DropPathKind], dict[str, Any]]) -> Iterator[None]:
+    """With other members of all drop paths of a block."""
+    drops = [(module.__dict__, kind) for module in root.modules() if (kind := drop_path_kind(module)) is not None]
+    before = [dict(own) for own, _ in drops]
     try:
-        for module, name in drops:
-            module.__dict__[name] = rate
+        for own, kind in drops:
+            own.update(members(kind))
         yield
     finally:
-        for (module, name), value in zip(drops, before, strict=True):
-            module.__dict__[name] = value
+        for (own, _), old in zip(drops, before, strict=True):
+            own.clear()
+            own.update(old)
 
 
 def _run(root: nn.Module, call: Call, forward: Callable[..., Any]) -> tuple[list[Any], ...]:
