@@ -84,6 +84,9 @@ class Backbone:
     cuda_batch: int
     arguments: Mapping[str, object] = field(default_factory=dict)
 
+    def batch_on(self, device_type: str) -> int:
+        return self.cuda_batch if device_type == "cuda" else self.cpu_batch
+
 
 BACKBONES = {
     "vit_tiny_2": Backbone("vit_tiny_patch16_224", 96, 16, 128, {"depth": 2, "img_size": 96}),
