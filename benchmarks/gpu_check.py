@@ -82,7 +82,7 @@ STAGES: tuple[tuple[int, tuple[Part, ...]], ...] = (
     ),
     # Tensors of 64 MiB and more, in the layouts that meet each kernel.
     (
-        110,
+        100,
         (
             benchmark(
                 "ops",
@@ -91,9 +91,19 @@ STAGES: tuple[tuple[int, tuple[Part, ...]], ...] = (
             ),
         ),
     ),
-    (90, (benchmark("skip", "--p 0.2,0.4", "--p 0.4 --batch 2 --steps 1"),)),
-    (30, (benchmark("overhead", "", ""),)),
-    (60, (benchmark("model", "", "", dry_on_host_kernels=False),)),
+    (60, (benchmark("skip", "--p 0.4", "--p 0.4 --batch 2 --steps 1"),)),
+    (
+        75,
+        (
+            benchmark(
+                "convert",
+                "--model deit3_base,swin_tiny,convnext_small --steps 10",
+                "--model vit_tiny_2_uniform --batch 4 --steps 1",
+            ),
+        ),
+    ),
+    (25, (benchmark("overhead", "", ""),)),
+    (35, (benchmark("model", "", "", dry_on_host_kernels=False),)),
     (
         80,
         (

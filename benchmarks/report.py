@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 from statistics import fmean
 
@@ -17,7 +17,7 @@ import torch
 from peers import OURS
 from rich.console import Console
 from rich.markup import escape
-from workloads import NO_DROP_PATH, SKIP_PEERS
+from workloads import AS_IS, COMPILED_SUFFIX, CONVERT_LEVELS, NO_DROP_PATH, SKIP_PEERS
 
 import droppath_ext.info
 
@@ -196,7 +196,48 @@ def _skip(rows: list[dict]) -> Iterator[Table]:
         yield table
 
 
+def _convert(rows: list[dict]) -> Iterator[Table]:
+    """Time, memory and losses: a line for each model, and another for the compiled ones."""
+    names = (NO_DROP_PATH, *CONVERT_LEVELS)
+    time = Table(
+        f"A training step: time ÷ that of the model {AS_IS}",
+        ["model", "p", f"{AS_IS}, ms (p20–p80)", *names, "ideal", "skip ÷ ideal", "sites skipped, fused, kept"],
+    )
+    memory = Table(f"Its peak memory ÷ that of the model {AS_IS}", ["model", f"{AS_IS}, MiB", *names])
+    loss = Table("Its loss: first, middle, last 3 steps", ["model", AS_IS, *names])
+    for row, suffix in product(rows, ("", COMPILED_SUFFIX)):
+        base, skip, *others = (name + suffix for name in (AS_IS, "skip", *names))
+        if base not in row["times_us"]:
+            continue
+        label = f"{row['model']}, {row['image_side']} px, batch {row['batch']}{suffix and ', compiled'}"
+        ratios = {name: of_peers[base] for name, of_peers in row["ratio"].items() if base in of_peers}
+        peaks = {name: peak / row["peak_bytes"][base] for name, peak in row["peak_bytes"].items()}
+        sites = {name: ", ".join(map(str, count.values())) for name, count in row["sites"].items()}
+        time.rows.append(
+            [
+                label,
+                "–".join(dict.fromkeys(f"{rate:.2g}" for rate in (min(row["rates"]), max(row["rates"])))),
+                _spread(row["times_us"][base], 1e3),
+                *(f"{ratios[name]:.3f}" if name in ratios else "–" for name in others),
+                f"{1 / row['of_ideal'][base]:.3f}",
+                f"{row['of_ideal'][skip]:.3f}" if skip in row["of_ideal"] else "–",
+                sites.get(skip, "–"),
+            ]
+        )
+        memory.rows.append(
+            [
+                label,
+                f"{row['peak_bytes'][base] / MIB:.0f}",
+                *(f"{peaks[name]:.2f}" if name in peaks else "–" for name in others),
+            ]
+        )
+        loss.rows.append(
+            [label, *(_course(row["losses"][name]) if name in row["losses"] else "–" for name in (base, *others))]
+        )
+    yield from (time, memory, loss)
+
+
 def tables(results: dict) -> list[Table]:
     """The tables of every part that the results hold. `÷ peer`: our time over the peer's, so below 1 is faster."""
-    parts = (("ops", _ops), ("overhead", _overhead), ("model", _model), ("skip", _skip))
+    parts = (("ops", _ops), ("overhead", _overhead), ("model", _model), ("skip", _skip), ("convert", _convert))
     return [table for key, build in parts if results.get(key) for table in build(results[key])]

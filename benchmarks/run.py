@@ -3,6 +3,7 @@
 
     python benchmarks/run.py                                   everything, sized for the device
     python benchmarks/run.py ops --op drop_path_add --p 0.1,0.4 --json FILE
+    python benchmarks/run.py convert --json FILE               whole models, 20 minutes on 2 cores
     python benchmarks/run.py plot FILE --plot DIR              pictures from a result file
     python benchmarks/run.py table FILE --p 0.1                Markdown tables from a result file
 
@@ -17,24 +18,29 @@ from pathlib import Path
 
 from workloads import (
     ACTIVATIONS,
-    BACKBONES,
     CONTESTANTS,
+    CONVERT_CONTESTANTS,
+    CONVERT_LEVELS,
+    CONVERT_MODELS_OF,
     DROP_PROBS,
     DTYPES,
-    EAGER_CONTESTANTS,
+    EAGER_SKIP_CONTESTANTS,
+    MODELS,
     OPS,
+    QUICK_CONVERT_MODEL,
     QUICK_DROP_PROBS,
     QUICK_DTYPES,
     QUICK_SKIP_BACKBONE,
     QUICK_SKIP_DROP_PROBS,
     SKIP_BACKBONES,
+    SKIP_CONTESTANTS,
     SKIP_DROP_PROBS,
 )
 
-PARTS = ("ops", "overhead", "model", "skip")
+PARTS = ("ops", "overhead", "model", "skip", "convert")
 ACTIVATION_NAMES = tuple(dict.fromkeys(activation.name for activation in ACTIVATIONS))
 # Options that choose rows of a part by the key of the same name.
-FILTERS = {"ops": ("op", "activation", "dtype", "p"), "skip": ("model", "p")}
+FILTERS = {"ops": ("op", "activation", "dtype", "p"), "skip": ("model", "p"), "convert": ("model",)}
 
 
 def list_of(choices: Iterable[str]) -> Callable[[str], list[str]]:
@@ -71,22 +77,23 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("file", nargs="?", type=Path, help="result file, for plot and table")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
     rows = parser.add_argument_group(
-        "rows of ops and skip, measured or read from FILE; default: what --quick or --full takes"
+        "rows of ops, skip and convert, measured or read from FILE; default: what --quick or --full takes"
     )
-    for option, part, choices in (
-        ("--op", "ops", OPS),
-        ("--activation", "ops", ACTIVATION_NAMES),
-        ("--dtype", "ops", DTYPES),
-        ("--model", "skip", BACKBONES),
-        ("--contestant", "skip, when measured", CONTESTANTS),
+    for option, choices_of in (
+        ("--op", {"ops": OPS}),
+        ("--activation", {"ops": ACTIVATION_NAMES}),
+        ("--dtype", {"ops": DTYPES}),
+        ("--model", MODELS),
+        ("--contestant", {f"{part}, when measured": names for part, names in CONTESTANTS.items()}),
     ):
-        one_of = f"{part}: of {', '.join(choices)}"
+        one_of = "; ".join(f"{part}: of {', '.join(choices)}" for part, choices in choices_of.items())
+        choices = [name for names in choices_of.values() for name in names]
         rows.add_argument(option, type=list_of(choices), action="extend", metavar="NAMES", help=one_of)
     rows.add_argument(
         "--p", type=p_list, action="extend", metavar="NUMBERS", help="drop_prob; 0, for skip only: no drop path"
     )
     rows.add_argument("--batch", type=positive, metavar="N", help="samples of every activation or model, when measured")
-    rows.add_argument("--steps", type=positive, metavar="N", help="skip, when measured: steps of each contestant")
+    rows.add_argument("--steps", type=positive, metavar="N", help="skip and convert, when measured: steps of each")
     rows.add_argument(
         "--seconds", type=positive, metavar="N", help="ops, when measured: for each measurement, however many rounds"
     )
@@ -105,13 +112,17 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"{arguments.what} takes no file to read; --json FILE names the one to write.")
     if arguments.what == "ops" and 0 in (arguments.p or []):
         parser.error("ops has no row for --p 0: nothing is dropped there.")
+    for option, choices_of in (("model", MODELS), ("contestant", CONTESTANTS)):
+        named = getattr(arguments, option) or []
+        if unknown := set(named) - set(choices_of.get(arguments.what, named)):
+            parser.error(f"{arguments.what} has no {option} {', '.join(sorted(unknown))}.")
     if arguments.what == "plot" and arguments.plot is None:
         parser.error("plot needs --plot DIR, the folder to draw into.")
     return arguments
 
 
 def read(arguments: argparse.Namespace) -> dict:
-    """The results of a file, those of ops and skip filtered as the command line says."""
+    """The results of a file, those of ops, skip and convert filtered as the command line says."""
     try:
         results = json.loads(arguments.file.read_text())
         results["environment"]
@@ -124,6 +135,11 @@ def read(arguments: argparse.Namespace) -> dict:
     except (OSError, ValueError, KeyError) as error:
         sys.exit(f"{arguments.file} is not a result file of this benchmark ({type(error).__name__}: {error}).")
     return results
+
+
+def chosen(named: Iterable[str] | None, choices: Iterable[str], default: Iterable[str]) -> list[str]:
+    """Those of a part's choices that the command line names, or the default where it names none of them."""
+    return list(dict.fromkeys([name for name in named or () if name in choices] or default))
 
 
 def measure(arguments: argparse.Namespace) -> dict:
@@ -149,12 +165,10 @@ def measure(arguments: argparse.Namespace) -> dict:
     dtypes = dict.fromkeys(arguments.dtype or (QUICK_DTYPES if quick else DTYPES))
     ps = dict.fromkeys(p for p in arguments.p or (QUICK_DROP_PROBS if quick else DROP_PROBS) if p > 0)
     skip_ps = dict.fromkeys(arguments.p or (QUICK_SKIP_DROP_PROBS if quick else SKIP_DROP_PROBS))
-    backbones = dict.fromkeys(arguments.model or ([QUICK_SKIP_BACKBONE[device.type]] if quick else SKIP_BACKBONES))
-    contestants = dict.fromkeys(arguments.contestant or (EAGER_CONTESTANTS if quick else CONTESTANTS))
     parts = list(PARTS if arguments.what == "all" else (arguments.what,))
     for sentence in LEFT_OUT.values():
         print(sentence)
-    for part in ("model", "skip"):
+    for part in ("model", "skip", "convert"):
         if LEFT_OUT and part in parts:
             parts.remove(part)
             print(f"The part {part} is left out, because it needs both timm and torchvision.")
@@ -183,13 +197,30 @@ def measure(arguments: argparse.Namespace) -> dict:
         if "skip" in parts:
             import skip
 
+            default_models = [QUICK_SKIP_BACKBONE[device.type]] if quick else SKIP_BACKBONES
+            default_contestants = EAGER_SKIP_CONTESTANTS if quick else SKIP_CONTESTANTS
             results["skip"] = skip.run(
                 device,
                 quick,
                 progress,
-                models=list(backbones),
+                models=chosen(arguments.model, MODELS["skip"], default_models),
                 ps=list(skip_ps),
-                contestants=list(contestants),
+                contestants=chosen(arguments.contestant, SKIP_CONTESTANTS, default_contestants),
+                batch=arguments.batch,
+                steps=arguments.steps,
+            )
+        if "convert" in parts:
+            import convert
+
+            one_of_all = quick and arguments.what == "all"
+            default_models = [QUICK_CONVERT_MODEL[device.type]] if one_of_all else CONVERT_MODELS_OF[device.type]
+            default_contestants = CONVERT_LEVELS if quick else CONVERT_CONTESTANTS
+            results["convert"] = convert.run(
+                device,
+                quick,
+                progress,
+                models=chosen(arguments.model, MODELS["convert"], default_models),
+                contestants=chosen(arguments.contestant, CONVERT_CONTESTANTS, default_contestants),
                 batch=arguments.batch,
                 steps=arguments.steps,
             )

@@ -1,28 +1,24 @@
 """A training step of models that compute their residual branches for the kept samples alone, over drop_prob."""
 
 import copy
-import gc
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
-from statistics import median
 
 import torch
 from peers import OURS
 from rich.progress import Progress
-from timing import ratio, summary
 from timm.layers import DropPath
 from timm.models.convnext import ConvNeXtBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-from training import Trainer, photographs, train_in_turns
+from training import Trainer, as_named, compare, create, describe, photographs, with_references
 from workloads import BACKBONES, COMPILED_SUFFIX, NO_DROP_PATH, REST, Backbone
 
 from droppath_ext import stochastic_depth
 
 AT_ZERO = f"{OURS} bernoulli"  # all that is left to compare where nothing is dropped: the fused end of the branch
-MEMORY_STEPS = 3
 BUDGET_S = 6  # a model and p, when quick: a busy machine then makes fewer steps
 
 Branch = Callable[[Tensor], Tensor]
@@ -114,29 +110,16 @@ def trainer(model: nn.Module, name: str, p: float) -> Trainer:
     """Trains a copy of the model as the contestant of this name has it."""
     model = copy.deepcopy(model)
     weights = list(model.parameters())
+    base = name.removesuffix(COMPILED_SUFFIX)
     for parent in list(model.modules()):
         for child, block in list(parent.named_children()):
             if isinstance(block, Block | ConvNeXtBlock):
-                setattr(parent, child, BLOCKS[name.removesuffix(COMPILED_SUFFIX)](block, p))
-    result = Trainer(torch.compile(model) if name.endswith(COMPILED_SUFFIX) else model)
-    if name.removesuffix(COMPILED_SUFFIX) == REST:
-        # AdamW updates every weight however many samples are dropped, so the rest includes the blocks' update.
-        left = {id(weight) for weight in model.parameters()}
-        removed = [weight for weight in weights if id(weight) not in left]
-        for weight in removed:
-            weight.grad = torch.randn_like(weight)
-        update = torch.optim.AdamW(removed, lr=1e-4).step
-        result.optimizer.register_step_post_hook(lambda *_: update())
-    return result
+                setattr(parent, child, BLOCKS[base](block, p))
+    left = set(model.parameters())
+    return Trainer(as_named(model, name), [weight for weight in weights if weight not in left])
 
 
-def _rounds(times_us: dict[str, list[float]], p: float, compiled: str) -> list[float]:
-    """The ideal step in each round, rest + (1 - p) * blocks, from the steps without drop path and without blocks."""
-    pairs = zip(times_us[REST + compiled], times_us[NO_DROP_PATH + compiled], strict=True)
-    return [rest + (1 - p) * (full - rest) for rest, full in pairs]
-
-
-def compare(
+def case(
     label: str,
     backbone: Backbone,
     p: float,
@@ -147,45 +130,16 @@ def compare(
     steps: int,
     budget_s: float,
 ) -> dict:
-    """Trains copies of one model in turns, all on the same batches."""
-    import timm
-
+    """One row: copies of one model in turns."""
     if p == 0:
         contestants = [name for name in contestants if name.removesuffix(COMPILED_SUFFIX) == AT_ZERO]
-    suffixes = ["", COMPILED_SUFFIX] if any(name.endswith(COMPILED_SUFFIX) for name in contestants) else [""]
-    names = [base + suffix for suffix in suffixes for base in (REST, NO_DROP_PATH)] + list(contestants)
-    torch.compiler.reset()  # otherwise the recompile limit is met after a few models
-    gc.collect()  # the models of the last case
-    model = timm.create_model(backbone.timm_name, num_classes=2, **backbone.arguments).to(device).train()
-    trainers = {name: trainer(model, name, p) for name in names}
+    model = create(backbone, device)
+    trainers = {name: trainer(model, name, p) for name in with_references(contestants, (REST, NO_DROP_PATH))}
     data = photographs(backbone.side, batch, device)
-    times_us, losses = train_in_turns(trainers, data, steps, budget_s)
-    peaks: dict[str, list[int]] = {name: [] for name in names}
-    for images, labels in (next(data) for _ in range(MEMORY_STEPS)):
-        for name in names:
-            peaks[name].append(trainers[name].peak_bytes(images, labels))
-    ideal = {suffix: _rounds(times_us, p, suffix) for suffix in suffixes}
     return {
-        "model": label,
-        "timm_name": backbone.timm_name,
-        "arguments": dict(backbone.arguments),
-        "batch": batch,
-        "image_side": backbone.side,
+        **describe(label, backbone, batch, device),
         "p": p,
-        "autocast": "bfloat16" if device.type == "cuda" else None,
-        "steps": len(times_us[NO_DROP_PATH]),
-        "times_us": {name: summary(values) for name, values in times_us.items()},
-        "ideal_us": {f"ideal{suffix}": summary(values) for suffix, values in ideal.items()},
-        "ratio": {
-            name: {peer: ratio(times_us[name], times_us[peer]) for peer in names if peer not in (name, REST)}
-            for name in names
-        },
-        "of_ideal": {
-            name: ratio(times_us[name], ideal[COMPILED_SUFFIX if name.endswith(COMPILED_SUFFIX) else ""])
-            for name in names
-        },
-        "peak_bytes": {name: median(values) for name, values in peaks.items()},
-        "losses": losses,
+        **compare(trainers, data, steps, budget_s, rest=REST, dropped=p),
     }
 
 
@@ -208,13 +162,13 @@ def run(
         progress.update(task, description=f"skip: {name} p={p}", refresh=True)
         backbone = BACKBONES[name]
         rows.append(
-            compare(
+            case(
                 name,
                 backbone,
                 p,
                 device,
                 contestants=contestants,
-                batch=batch or (backbone.cuda_batch if device.type == "cuda" else backbone.cpu_batch),
+                batch=batch or backbone.batch_on(device.type),
                 steps=steps or (20 if quick else 30 if device.type == "cuda" else 10),
                 budget_s=BUDGET_S if quick and steps is None else math.inf,
             )

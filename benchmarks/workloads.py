@@ -1,5 +1,5 @@
 """What the parts run over. `ops`: the ops with their byte model, dtypes, drop_probs, activations of real models.
-`skip`: models, drop_probs, contestants."""
+`skip`: models, drop_probs, contestants. `convert`: models with their rates, levels."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -84,6 +84,9 @@ class Backbone:
     cuda_batch: int
     arguments: Mapping[str, object] = field(default_factory=dict)
 
+    def batch_on(self, device_type: str) -> int:
+        return self.cuda_batch if device_type == "cuda" else self.cpu_batch
+
 
 BACKBONES = {
     "vit_tiny_2": Backbone("vit_tiny_patch16_224", 96, 16, 128, {"depth": 2, "img_size": 96}),
@@ -103,10 +106,73 @@ REST = "without blocks"
 # Peers first, in the order of the tables.
 COMPILED_SUFFIX = " compiled"  # behind the name of a contestant: under torch.compile
 SKIP_PEERS = ("timm", "DINOv2", "x[idx]", "timm compiled")
-EAGER_CONTESTANTS = ("timm", "DINOv2", "x[idx]", "droppath_ext bernoulli", "droppath_ext fixed")
-CONTESTANTS = (
-    *EAGER_CONTESTANTS,
+EAGER_SKIP_CONTESTANTS = ("timm", "DINOv2", "x[idx]", "droppath_ext bernoulli", "droppath_ext fixed")
+SKIP_CONTESTANTS = (
+    *EAGER_SKIP_CONTESTANTS,
     "timm compiled",
     "droppath_ext bernoulli compiled",
     "droppath_ext fixed compiled",
 )
+
+
+@dataclass(frozen=True)
+class Rated:
+    """A model with drop paths. timm's `drop_path_rate` rises from 0 in the first block, but for CaiT, where it is the
+    rate of every block; `uniform` makes it that of every block, `but_first` of all but the first, which never drops."""
+
+    backbone: Backbone
+    rate: float
+    uniform: bool = False
+    but_first: bool = False
+
+
+_VIT_SMALL_4 = Backbone("vit_small_patch16_224", 160, 16, 128, {"img_size": 160, "depth": 4})
+_SWIN_TINY_2222 = Backbone("swin_tiny_patch4_window7_224", 112, 8, 128, {"img_size": 112, "depths": (2, 2, 2, 2)})
+_CONVNEXT_PICO = Backbone("convnext_pico", 96, 16, 128)
+# Of a size that two cores train; their steps take 0.1 to 1 second.
+SMALL_CONVERT_MODELS = {
+    "vit_tiny_6_uniform": Rated(BACKBONES["vit_tiny_6"], 0.4, uniform=True),
+    "vit_tiny_6_linear": Rated(BACKBONES["vit_tiny_6"], 0.4),
+    "vit_small_4_uniform": Rated(_VIT_SMALL_4, 0.4, uniform=True, but_first=True),
+    "vit_small_4_linear": Rated(_VIT_SMALL_4, 0.4),
+    "swin_tiny_2222_uniform": Rated(_SWIN_TINY_2222, 0.4, uniform=True, but_first=True),
+    "swin_tiny_2222_linear": Rated(_SWIN_TINY_2222, 0.4),
+    "convnext_pico_uniform": Rated(_CONVNEXT_PICO, 0.4, uniform=True, but_first=True),
+    "convnext_pico_linear": Rated(_CONVNEXT_PICO, 0.4),
+    "cait_xxs_6": Rated(Backbone("cait_xxs24_224", 112, 16, 128, {"img_size": 112, "depth": 6}), 0.1),
+    "pvt_v2_b0": Rated(Backbone("pvt_v2_b0", 128, 16, 128), 0.1),
+    "efficientnetv2_b0": Rated(Backbone("tf_efficientnetv2_b0", 128, 16, 128), 0.2),
+}
+# With the rates of their papers; DeiT III and DINOv2 give every block the same.
+PAPER_CONVERT_MODELS = {
+    "deit3_small": Rated(Backbone("deit3_small_patch16_224", 224, 8, 128), 0.05, uniform=True),
+    "deit3_base": Rated(Backbone("deit3_base_patch16_224", 224, 4, 128), 0.2, uniform=True),
+    "deit3_large": Rated(Backbone("deit3_large_patch16_224", 224, 4, 64), 0.45, uniform=True),
+    "swin_tiny": Rated(Backbone("swin_tiny_patch4_window7_224", 224, 8, 128), 0.2),
+    "swin_small": Rated(Backbone("swin_small_patch4_window7_224", 224, 4, 128), 0.3),
+    "swin_base": Rated(Backbone("swin_base_patch4_window7_224", 224, 4, 128), 0.5),
+    "convnext_tiny": Rated(BACKBONES["convnext_tiny"], 0.1),
+    "convnext_small": Rated(Backbone("convnext_small", 224, 4, 128), 0.4),
+    "convnext_base": Rated(Backbone("convnext_base", 224, 4, 128), 0.5),
+    "beit_base": Rated(Backbone("beit_base_patch16_224", 224, 4, 128), 0.1),
+    "dinov2_large": Rated(Backbone("vit_large_patch14_dinov2", 224, 4, 64, {"img_size": 224}), 0.4, uniform=True),
+    "cait_s24": Rated(Backbone("cait_s24_224", 224, 4, 64), 0.1),
+    "pvt_v2_b2": Rated(Backbone("pvt_v2_b2", 224, 8, 128), 0.1),
+    "efficientnetv2_s": Rated(Backbone("efficientnetv2_s", 224, 8, 128), 0.2),
+}
+CONVERT_MODELS = {
+    "vit_tiny_2_uniform": Rated(BACKBONES["vit_tiny_2"], 0.4, uniform=True),
+    **SMALL_CONVERT_MODELS,
+    **PAPER_CONVERT_MODELS,
+}
+CONVERT_MODELS_OF = {"cpu": tuple(SMALL_CONVERT_MODELS), "cuda": tuple(PAPER_CONVERT_MODELS)}
+QUICK_CONVERT_MODEL = {"cpu": "vit_tiny_2_uniform", "cuda": "deit3_base"}  # where every part is run
+
+AS_IS = "as it is"  # takes part in every round, and so do NO_DROP_PATH and the models without branches
+WITHOUT_BRANCHES = "without branches"
+CONVERT_LEVELS = ("keep", "fuse", "skip")
+CONVERT_CONTESTANTS = (*CONVERT_LEVELS, *(level + COMPILED_SUFFIX for level in CONVERT_LEVELS))
+
+# What --model and --contestant choose from, in the parts that have them.
+MODELS = {"skip": BACKBONES, "convert": CONVERT_MODELS}
+CONTESTANTS = {"skip": SKIP_CONTESTANTS, "convert": CONVERT_CONTESTANTS}

@@ -1,5 +1,6 @@
 """Promise: what runs on a GPU without a person is ready: it fits into its time, and into today's sources."""
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import gpu_check  # noqa: E402
 import native_build  # noqa: E402
+import run as benchmark  # noqa: E402
 import tune  # noqa: E402
 
 
@@ -22,6 +24,16 @@ def test_every_part_of_gpu_check_has_its_files():
     assert "benchmarks/run.py" in files
     assert "tests/test_cuda.py" in files
     assert [file for file in files if not (BENCHMARKS.parent / file).exists()] == []
+
+
+BENCHMARK = "python benchmarks/run.py "
+COMMANDS = [command for _, parts in gpu_check.STAGES for part in parts for command in (part.command, part.dry)]
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith(BENCHMARK)])
+def test_every_benchmark_of_gpu_check_is_understood(command, monkeypatch):
+    monkeypatch.setattr(sys, "argv", shlex.split(command)[1:])
+    assert benchmark.parse_arguments().quick
 
 
 @pytest.mark.parametrize("variant", tune.VARIANTS)
