@@ -287,11 +287,19 @@ def _notes(model: nn.Module, chosen: dict[nn.Module, str]) -> list[str]:
             f"{len(idle)} drop paths are nn.Identity, as is built for a rate of 0 ({idle[0]}): "
             "set_drop_path_rate(model, rate) puts drop paths there"
         )
+    ignored = [f"{name}={value}" for name, value in _rates_of_config(model) if value and idle and not chosen]
+    if ignored:
+        notes.append(f"upstream ignores {ignored[0]} of the model's config: no drop path was built with it")
     if not any(_rate(module) for module in chosen):
         notes.append(
             "no drop path is active: build the model with a rate above 0, or call set_drop_path_rate(model, rate)"
         )
     return notes
+
+
+def _rates_of_config(model: nn.Module) -> list[tuple[str, Any]]:
+    config = getattr(model, "config", None)  # of transformers
+    return [(name, value) for name, value in getattr(config, "__dict__", {}).items() if NAMES.search(name)]
 
 
 def _rate(module: nn.Module) -> float:

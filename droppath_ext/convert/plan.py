@@ -34,7 +34,7 @@ from .verify import verify
 LEVELS = ("keep", "fuse", "skip")
 
 # Host time that skipping costs a site over fusing it, in seconds: two gathers and two scatters, which are Python.
-SKIP_COST = 75e-6
+SKIP_COST = 50e-6
 LOWEST_SKIPPED_RATE = 0.02
 
 
@@ -150,7 +150,7 @@ class _Planner:
 
     def _match(self, drop: fx.Node, kind: DropPathKind) -> Site:
         if len(drop.users) != 1:
-            raise CannotPlan(f"the dropped branch is used {len(drop.users)} times")
+            raise CannotPlan(self._why_not_added(drop, f"the dropped branch is used {len(drop.users)} times"))
         last, user, gamma = drop, next(iter(drop.users)), None
         factors, chain = [], {drop, *drop.all_input_nodes}
         while (operands := mul_operands(user)) is not None and len(user.users) == 1:
@@ -165,7 +165,8 @@ class _Planner:
             last, user = user, next(iter(user.users))
         operands = add_operands(user)
         if operands is None:
-            raise CannotPlan(f"the dropped branch is not added to anything: it goes to {_describe(user)}")
+            goes_to = f"the dropped branch is not added to anything: it goes to {_describe(user)}"
+            raise CannotPlan(self._why_not_added(drop, goes_to))
         residual = operands[1] if operands[0] is last else operands[0]
         if not isinstance(residual, fx.Node) or residual is last:
             raise CannotPlan("the dropped branch is added to no other tensor")
@@ -182,6 +183,24 @@ class _Planner:
             for factor in factors:
                 y = self.graph.call_function(operator.mul, (y, factor))
         return Site(drop, kind, user, y, residual, gamma, chain)
+
+    def _why_not_added(self, drop: fx.Node, otherwise: str) -> str:
+        """In some models upstream drops something else than a branch; what they do is kept."""
+        for user in drop.users:
+            if user.op == "call_module" and drop_path_kind(submodule(self.root, str(user.target))) is not None:
+                return f"it is dropped once more, by {user.target}: upstream has two drop paths in series"
+        if all(node.op == "placeholder" for node in drop.all_input_nodes):
+            return "upstream drops the block's input here, not a branch"
+        behind = {drop}
+        for node in self.graph.nodes:
+            if not behind.isdisjoint(node.all_input_nodes):
+                behind.add(node)
+                operands = add_operands(node)
+                if operands is not None and not behind.issuperset(operands):
+                    return otherwise
+        if any(node.op == "call_module" for node in behind - {drop}):
+            return "upstream drops more than a branch here: nothing is added to it, so a dropped sample is lost whole"
+        return otherwise
 
     def _is_gamma(self, node: object) -> bool:
         """Whether the node is a parameter of the block, or a view of one."""

@@ -158,8 +158,7 @@ class Reads:
             if name in members.get(store, ()):
                 found = members[store][name]
                 if found is None or store != "_modules":
-                    is_none = "None" if found is None else "not None"
-                    self._require(place, "getattr(", f", {name!r}, None) is {is_none}")
+                    self._require(place, "", f".{store}.get({name!r}) is {'' if found is None else 'not '}None")
                 return
         self._require(place, "not hasattr(", f", {name!r})")
 
@@ -260,7 +259,8 @@ class Reads:
             return
         self._codes.add(code)
         module = sys.modules.get(_module_of(frame))
-        closure: Any = getattr(type(self.root).forward, "__closure__", None) if self._is_forward(code) else None
+        is_forward = code is getattr(type(self.root).forward, "__code__", None)
+        closure: Any = type(self.root).forward.__closure__ if is_forward else None
         instructions = list(dis.get_instructions(code))
         for i, instruction in enumerate(instructions):
             name = instruction.argval
@@ -286,9 +286,6 @@ class Reads:
                 self._value(place, value, is_stored=True)
             elif _is_instance(value):
                 self._watch(place, value)
-
-    def _is_forward(self, code: CodeType) -> bool:
-        return code is getattr(type(self.root).forward, "__code__", None)
 
 
 def _module_of(frame: FrameType) -> str:

@@ -17,6 +17,7 @@ import torch.fx._symbolic_trace
 from torch import Tensor, fx, nn
 from torch.fx.proxy import TraceError
 
+from .mount import own_forward
 from .reads import Condition, Reads
 
 
@@ -261,7 +262,9 @@ class _Tracer(fx.Tracer):
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Callable[..., Any], list[Any]]:
-        signature = inspect.signature(root_fn)
+        cls: Any = type(self.root)
+        forward = own_forward(cls)
+        signature = inspect.signature(forward)
         try:
             bound = signature.bind(self.root, *self.call.args, **self.call.kwargs)
         except TypeError as error:
@@ -280,7 +283,7 @@ class _Tracer(fx.Tracer):
 
         def run() -> Any:
             with self.reads.recording():
-                return root_fn(*bound.args, **bound.kwargs)
+                return forward(*bound.args, **bound.kwargs)
 
         return run, []
 
