@@ -446,3 +446,32 @@ def test_command():
     assert result.returncode == 0 and "convert to fuse: 10 fuse" in result.stdout, result.stderr
     result = run("no_such_model")
     assert result.returncode == 2 and "timm cannot build or run no_such_model" in result.stderr
+
+
+def _on_meta(library, name, **settings):
+    with torch.device("meta"):
+        if library == "timm":
+            return timm.create_model(name, **settings), torch.empty(4, 3, 64, 64)
+        transformers = pytest.importorskip("transformers")
+        config = getattr(transformers, f"{name}Config")(**settings)
+        return getattr(transformers, f"{name}Model")(config), {"pixel_values": torch.empty(4, 3, 64, 64)}
+
+
+@pytest.mark.parametrize(
+    ("library", "name", "settings", "says"),
+    [
+        ("timm", "resnest14d", {"drop_path_rate": 0.2}, "upstream drops the block's input here, not a branch"),
+        ("transformers", "Cvt", {"drop_path_rate": [0.1, 0.1, 0.2]}, "upstream drops more than a branch here"),
+        ("transformers", "PoolFormer", {"drop_path_rate": 0.2}, "upstream has two drop paths in series"),
+        (
+            "transformers",
+            "Swin2SR",
+            {"drop_path_rate": 0.2},
+            "upstream ignores drop_path_rate=0.2 of the model's config",
+        ),
+    ],
+)
+def test_report_names_what_upstream_does_otherwise(library, name, settings, says):
+    model, example = _on_meta(library, name, **settings)
+    with torch.device("meta"):
+        assert says in str(convert(model, "fuse", example=example))

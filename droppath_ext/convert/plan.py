@@ -149,9 +149,9 @@ class _Planner:
     # --- finding ---
 
     def _match(self, drop: fx.Node, kind: DropPathKind) -> Site:
+        last, user, gamma = drop, next(iter(drop.users), drop), None
         if len(drop.users) != 1:
-            raise CannotPlan(self._why_not_added(drop, f"the dropped branch is used {len(drop.users)} times"))
-        last, user, gamma = drop, next(iter(drop.users)), None
+            raise CannotPlan(self._why_not_added(drop, user, f"the dropped branch is used {len(drop.users)} times"))
         factors, chain = [], {drop, *drop.all_input_nodes}
         while (operands := mul_operands(user)) is not None and len(user.users) == 1:
             factor = operands[1] if operands[0] is last else operands[0]
@@ -166,7 +166,7 @@ class _Planner:
         operands = add_operands(user)
         if operands is None:
             goes_to = f"the dropped branch is not added to anything: it goes to {_describe(user)}"
-            raise CannotPlan(self._why_not_added(drop, goes_to))
+            raise CannotPlan(self._why_not_added(drop, user, goes_to))
         residual = operands[1] if operands[0] is last else operands[0]
         if not isinstance(residual, fx.Node) or residual is last:
             raise CannotPlan("the dropped branch is added to no other tensor")
@@ -184,11 +184,10 @@ class _Planner:
                 y = self.graph.call_function(operator.mul, (y, factor))
         return Site(drop, kind, user, y, residual, gamma, chain)
 
-    def _why_not_added(self, drop: fx.Node, otherwise: str) -> str:
+    def _why_not_added(self, drop: fx.Node, user: fx.Node, otherwise: str) -> str:
         """In some models upstream drops something else than a branch; what they do is kept."""
-        for user in drop.users:
-            if user.op == "call_module" and drop_path_kind(submodule(self.root, str(user.target))) is not None:
-                return f"it is dropped once more, by {user.target}: upstream has two drop paths in series"
+        if user.op == "call_module" and drop_path_kind(submodule(self.root, str(user.target))) is not None:
+            return f"it is dropped once more, by {user.target}: upstream has two drop paths in series"
         if all(node.op == "placeholder" for node in drop.all_input_nodes):
             return "upstream drops the block's input here, not a branch"
         behind = {drop}
