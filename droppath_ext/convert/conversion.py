@@ -35,7 +35,9 @@ def convert(
     """Bring the drop paths of a model to this project's functions, in place: in training they cost less, or save time.
 
     Parameters, ``state_dict``, hooks, module types and the results of evaluation stay as they are. The classes of the
-    modules concerned are replaced by subclasses of themselves, whose forward is rewritten for training.
+    modules concerned are replaced by subclasses of themselves, whose forward is rewritten for training. A block is
+    rewritten only if its result, its gradients and what it writes stay the same; a training call that differs from the
+    example in what the rewriting rests on, as arguments, settings or shapes that its forward asks for, runs the original.
 
     Args:
         model: Any module with drop paths: of timm, torchvision, transformers, MONAI, mmcv, or of your own.
@@ -45,9 +47,10 @@ def convert(
             "skip": the branch becomes that of ``stochastic_depth``, if it treats every sample by itself: what is
             dropped is not computed.
         example: Inputs of one training forward: a tensor, a tuple of arguments or a dict of keyword arguments, of three
-            samples at least, best as many as are trained with. It is run once, without gradients. Default: the model is
-            planned in its first training call, and runs as planned from the second on; before ``torch.compile``,
-            give an example.
+            samples at least, best as many as are trained with. The model runs it once, without gradients, and each
+            block that differs from the others a few times more, with the hooks of its modules; buffers and random
+            number generators are put back. Default: the model is planned in its first training call, and runs as
+            planned from the second on; before ``torch.compile``, give an example.
         filter: ``filter(path, module)`` says for each drop path whether it shall be converted. Default: all.
         strict: Raise, before anything is changed, if a call does not reach the level asked for. Needs ``example``.
         min_drop_prob: The rate from which on a branch is skipped, for all. Default: for each branch the one from which

@@ -74,9 +74,9 @@ class Reads:
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
-        getattribute: Any = nn.Module.__getattribute__
+        own = vars(nn.Module).get("__getattribute__")
         profiler = sys.getprofile()
-        nn.Module.__getattribute__ = self._recorded(getattribute)  # type: ignore[method-assign]
+        nn.Module.__getattribute__ = self._recorded(own or object.__getattribute__)  # type: ignore[method-assign]
         try:
             with _NoValues(self):
                 self._is_paused = False
@@ -88,6 +88,8 @@ class Reads:
                     self._is_paused = True
         finally:
             del nn.Module.__getattribute__
+            if own is not None:
+                nn.Module.__getattribute__ = own  # type: ignore[method-assign]
             for value, cls, members in self._watched:
                 object.__setattr__(value, "__class__", cls)
                 now = vars(value)
