@@ -36,8 +36,8 @@ def convert(
 
     Parameters, ``state_dict``, hooks, module types and the results of evaluation stay as they are. The classes of the
     modules concerned are replaced by subclasses of themselves, whose forward is rewritten for training. A block is
-    rewritten only if its result, its gradients and what it writes stay the same; a training call that differs from the
-    example in what the rewriting rests on, as arguments, settings or shapes that its forward asks for, runs the original.
+    rewritten only if its result, its gradients and what it writes stay the same. A training call that differs from the
+    example in what the rewriting rests on (arguments, settings, shapes that its forward asks for) runs the original.
 
     Args:
         model: Any module with drop paths: of timm, torchvision, transformers, MONAI, mmcv, or of your own.
