@@ -1,6 +1,6 @@
 """One model of every family with drop paths, found in timm, torchvision, transformers, MONAI and mmpretrain themselves.
 
-Models are built on torch's default device: on "meta" without memory for their weights.
+Models are built for torch's default device, on "meta" mostly without memory for their weights.
 """
 
 import importlib
@@ -182,7 +182,8 @@ def monai_candidates() -> Iterator[Candidate]:
 
 def _build_monai(name: str, options: dict[str, Any], side: int | None) -> tuple[nn.Module, Example]:
     network = getattr(importlib.import_module("monai.networks.nets"), name)
-    model = network(in_channels=1, out_channels=2, dropout_path_rate=RATE, **options)
+    with torch.device("cpu"):  # it reads its rates from a tensor
+        model = network(in_channels=1, out_channels=2, dropout_path_rate=RATE, **options)
     return model, torch.randn(SAMPLES, 1, *[side or 96] * 3)
 
 
@@ -190,10 +191,10 @@ def _build_monai(name: str, options: dict[str, Any], side: int | None) -> tuple[
 
 # Backbones that cannot be built of a rate alone: their further arguments.
 MMPRETRAIN: dict[str, dict[str, Any]] = {
-    "BEiTViT": {"arch": "base"},
     "LeViT": {"arch": "128s"},
     "RepLKNet": {"arch": "31B"},
     "ResNet": {"depth": 18},
+    "SparseResNet": {"depth": 18},
     "PCPVT": {"arch": "small"},
     "SVT": {"arch": "small"},
 }
@@ -209,7 +210,8 @@ def mmpretrain_candidates() -> Iterator[Candidate]:
 def _build_mmpretrain(cls: Any, side: int | None) -> tuple[nn.Module, Example]:
     size = inspect.signature(cls.__init__).parameters.get("img_size")
     options = {"img_size": side} if side and size else {}
-    model = cls(drop_path_rate=RATE, **MMPRETRAIN.get(cls.__name__, {}), **options)
+    with torch.device("cpu"):  # they read their rates from a tensor
+        model = cls(drop_path_rate=RATE, **MMPRETRAIN.get(cls.__name__, {}), **options)
     default = 224 if size is None else size.default
     height, width = default if isinstance(default, tuple | list) else (default, default)
     return model, torch.randn(SAMPLES, 3, side or height, side or width)

@@ -1,4 +1,4 @@
-"""Promise: `make test-all-models` finds every family of timm that takes a rate, and its comparison sees a difference."""
+"""Promise: `make test-all-models` finds every family of timm that takes a rate, and sees a difference."""
 
 import importlib
 import inspect
