@@ -38,7 +38,8 @@ TIMM ?= *
 test-timm: build
 	DROPPATH_EXT_TIMM_MODELS='$(TIMM)' $(PYTHON) -m pytest tests/test_timm.py $(TEST_ARGS)
 
-# How far convert() brings each family of timm, torchvision and transformers: some minutes.
+# What convert() does to each family of timm, torchvision, transformers, MONAI and mmpretrain: some 20 minutes. The two
+# last where they are installed: pip install monai mmpretrain mmcv-lite mmengine importlib_metadata.
 test-all-models: build
 	$(PYTHON) tests/all_models.py $(ALL_MODELS_ARGS)
 

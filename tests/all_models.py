@@ -1,178 +1,201 @@
-"""How far convert() brings every family of timm, torchvision and transformers: `make test-all-models`.
+"""What convert() does to every family of timm, torchvision, transformers, MONAI and mmpretrain: `make test-all-models`.
 
-    python tests/all_models.py [--library NAME] [--family NAME] [--markdown FILE]
+    python tests/all_models.py [--library NAME] [--family NAME] [--count-only] [--markdown FILE]
 
-Families are found in the libraries themselves. Of each, one model is built on the meta device, without memory for
-its weights, converted to "skip" and counted by the calls of drop paths in one training forward: what may be skipped is
-judged by structure alone there. The exit status is 1 if a library falls below its bounds, or if a call is left
-without a reason.
+Families are found in the libraries themselves (model_zoo.py). Of each, one model is
+
+- built on the meta device, converted to "skip" and counted by the calls of drop paths in one training forward: what may
+  be skipped is judged by structure alone there;
+- run on small images on the CPU, and one block of each form is compared with itself as converted to "keep", "fuse" and
+  "skip", in float64 and given the same masks (block_equality.py).
+
+The exit status is 1 if a library falls below its bounds, if a call is left without a reason, or if a block computes
+something else.
 """
 
 import argparse
 import collections
+import gc
 import importlib
-import inspect
-import re
 import sys
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from datetime import date
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from block_equality import TOLERANCE, Call, Comparison, compare, distinct_blocks, recorded_calls
+from model_zoo import LIBRARIES, Candidate, Example
+from torch import nn
 
 from droppath_ext.convert import ConversionReport, convert
-from droppath_ext.convert.drops import NAMES
 
-RATE, SAMPLES = 0.3, 3
 LEVELS = ("skip", "fuse", "keep")
 # The share of the calls that must be at "fuse" or above, and at "skip".
 BOUNDS = {"timm": (0.97, 0.63), "torchvision": (1.0, 0.0), "transformers": (0.93, 0.75)}
-SMALL = re.compile(r"test|atto|femto|pico|nano|tiny|mini|small|xx?s|xxt|_s\d*_|_s0|b0|m0|m1|_t\d|t0|l1|18|19|050|_s$")
+SIDES = (64, 84, 128, None)  # of images for the comparison: the first that a model runs on; None is its own
 
 
-def timm_models() -> Iterator[tuple[str, str, object]]:
-    """Every family that takes a rate; and the blocks in parallel, which no small model has."""
-    from timm import create_model
-    from timm.models._registry import _module_to_models
+@dataclass
+class Row:
+    """A family whose drop paths are called."""
 
-    for family in sorted(_module_to_models):
-        names = sorted(_module_to_models[family], key=lambda name: (not SMALL.search(name), len(name), name))
-        for name in [*names[:4], *(["vit_small_patch16_18x2_224"] if family == "vision_transformer" else [])]:
-
-            def run(name: str = name) -> ConversionReport:
-                model = create_model(name, drop_path_rate=RATE).train()
-                size = model.default_cfg.get("input_size") or (3, 224, 224)
-                return convert(model, "skip", example=torch.empty(SAMPLES, *size))
-
-            yield family, name, run
+    family: str
+    model: str
+    report: ConversionReport
+    compared: int = 0  # blocks
+    faults: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what the comparison shows beside
 
 
-def torchvision_models() -> Iterator[tuple[str, str, object]]:
-    import torchvision
-
-    names = ["swin_t", "swin_v2_t", "convnext_tiny", "efficientnet_b0", "efficientnet_v2_s", "maxvit_t"]
-    for name, shape in [
-        *((name, (224, 224)) for name in names),
-        *((n, (16, 224, 224)) for n in ("mvit_v2_s", "swin3d_t")),
-    ]:
-
-        def run(name: str = name, shape: tuple[int, ...] = shape) -> ConversionReport:
-            model = torchvision.models.get_model(name, weights=None).train()
-            return convert(model, "skip", example=torch.empty(SAMPLES, 3, *shape))
-
-        yield name, name, run
+def measure(candidate: Candidate) -> Row:
+    """The coverage."""
+    _, _, report = _converted(candidate, None)
+    return Row(candidate.family, candidate.name, report)
 
 
-def transformers_models() -> Iterator[tuple[str, str, object]]:
-    """Every model type whose source has a drop path; of its classes, those that run on images alone."""
-    import transformers
-
-    root = Path(transformers.__file__).parent / "models"
-    for file in sorted(root.glob("*/modeling_*.py")):
-        if not re.search(r"^class \w*(DropPath|StochasticDepth|DropConnect)\w*\(", file.read_text(), re.MULTILINE):
-            continue
-        family = file.parent.name
-        module = importlib.import_module(f"transformers.models.{family}.{file.stem}")
-        classes = [
-            cls
-            for name, cls in vars(module).items()
-            if inspect.isclass(cls)
-            and issubclass(cls, transformers.PreTrainedModel)
-            and cls.__module__ == module.__name__
-            and not name.endswith("PreTrainedModel")
-        ]
-        classes.sort(key=lambda cls: (not cls.__name__.endswith("Model"), not cls.__name__.endswith("Backbone")))
-        for cls in classes[:8]:
-
-            def run(cls: type = cls) -> ConversionReport:
-                config = cls.config_class()
-                _set_rates(config)
-                model = cls(config).train()
-                return convert(model, "skip", example=_images(model, config))
-
-            yield family, cls.__name__, run
+def _converted(candidate: Candidate, side: int | None) -> tuple[nn.Module, Example, ConversionReport]:
+    """On the meta device; on the CPU if the forward asks for values, as that of grounding_dino does."""
+    try:
+        return _converted_on("meta", candidate, side)
+    except RuntimeError as error:
+        if "meta tensors" not in str(error):
+            raise
+        return _converted_on("cpu", candidate, side)
 
 
-def _set_rates(config: object) -> None:
-    for key, value in list(vars(config).items()):
-        if hasattr(value, "to_dict"):
-            _set_rates(value)
-        elif NAMES.search(key):
-            setattr(config, key, type(value)([RATE] * len(value)) if isinstance(value, list | tuple) else RATE)
+def _converted_on(device: str, candidate: Candidate, side: int | None) -> tuple[nn.Module, Example, ConversionReport]:
+    with torch.device(device):
+        model, example = candidate.build(side)
+        model.train()
+        model.to(device)  # some tensors are made without regard to the default device
+        return model, example, convert(model, "skip", example=example, min_drop_prob=0.0)
 
 
-def _images(model: torch.nn.Module, config: object) -> dict[str, torch.Tensor]:
-    vision = getattr(config, "vision_config", None) or getattr(config, "backbone_config", None) or config
-    size = getattr(vision, "image_size", None) or 224
-    height, width = size if isinstance(size, list | tuple) else (size, size)
-    channels = getattr(vision, "num_channels", 3)
-    if model.main_input_name == "pixel_values_videos":
-        return {model.main_input_name: torch.empty(SAMPLES, config.frames_per_clip, channels, height, width)}
-    return {model.main_input_name: torch.empty(SAMPLES, channels, height, width)}
+def compare_blocks(candidate: Candidate, row: Row) -> None:
+    """The comparison, on the CPU."""
+    try:
+        calls = list(_blocks(candidate))
+    except Exception as error:
+        row.faults.append(f"its blocks were not compared: {_first_line(error)}")
+        return
+    for call, levels in calls:
+        where = f"{call.path} ({type(call.module).__name__})"
+        try:
+            found = compare(call)
+        except Exception as error:
+            found = Comparison([_first_line(error)])
+        row.compared += 1
+        row.faults += [f"{where}: {fault}" for fault in found.faults]
+        lower = {
+            f"{where}: {site.level}, not {level}: {site.why}"
+            for site, level in zip(found.sites, levels, strict=False)
+            if LEVELS.index(site.level) > LEVELS.index(level)
+        }
+        row.notes += sorted(lower)
+        if found.tolerance != TOLERANCE:
+            row.notes.append(f"{where}: computes in float32, and is compared to {found.tolerance:.0e}")
 
 
-LIBRARIES = {"timm": timm_models, "torchvision": torchvision_models, "transformers": transformers_models}
+def _blocks(candidate: Candidate) -> Iterator[tuple[Call, list[str]]]:
+    """One call of a block of each form, and the levels of its drop paths by structure."""
+    for side in SIDES:
+        try:
+            model, example, report = _converted(candidate, side)
+            paths = distinct_blocks(model, report, example)
+            model, example = candidate.build(side)
+            calls = recorded_calls(model, example, paths)
+        except Exception:
+            if side is None:
+                raise
+        else:
+            for call in calls:
+                yield call, [site.level for site in report.sites if site.block == call.path]
+            return
 
 
-def measure(library: str, family: str | None) -> tuple[list[tuple[str, str, ConversionReport]], list[str]]:
-    """A row for each family whose drop paths are called; and which families could not be run, with the reason."""
-    rows, failures = {}, {}
-    for name, model, run in LIBRARIES[library]():
-        if family not in (None, name) or (name in rows and "18x2" not in model):
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:100]}"
+
+
+def measure_library(library: str, family: str | None, count_only: bool) -> tuple[list[Row], list[str]]:
+    """A row for each family whose drop paths are called; and which could not be run, with the reason."""
+    rows: dict[str, Row] = {}
+    failures: dict[str, str] = {}
+    for candidate in LIBRARIES[library]():
+        name = candidate.family
+        if family not in (None, name) or name in rows:
             continue
         try:
-            with torch.device("meta"):
-                report = run()
+            row = measure(candidate)
         except Exception as error:
-            failures.setdefault(name, f"{model}: {type(error).__name__}: {str(error).strip().splitlines()[0][:100]}")
+            failures.setdefault(name, f"{candidate.name}: {_first_line(error)}")
             continue
-        if report.sites:
-            rows[name if name not in rows else f"{name}, in parallel"] = (model, report)
-            counts = ", ".join(f"{report.count(level)} {level}" for level in LEVELS if report.count(level))
-            print(f"{library:12} {name:24} {model:36} {counts}", flush=True)
-    found = [(name, model, report) for name, (model, report) in rows.items()]
-    return found, [f"{name}: {why}" for name, why in failures.items() if name not in rows]
+        if not row.report.sites:
+            continue
+        rows[name] = row
+        if not count_only:
+            compare_blocks(candidate, row)
+            gc.collect()  # modules refer to themselves
+        counts = ", ".join(f"{row.report.count(level)} {level}" for level in LEVELS if row.report.count(level))
+        print(f"{library:12} {name:30} {row.model:36} {counts}; {row.compared} blocks compared", flush=True)
+        for line in (*row.faults, *row.notes):
+            print(f"    {line}", flush=True)
+    return list(rows.values()), [f"{name}: {why}" for name, why in failures.items() if name not in rows]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--library", choices=LIBRARIES, help="only this one; default: all")
+    parser.add_argument("--library", choices=LIBRARIES, help="only this one; default: all that are installed")
     parser.add_argument("--family", help="only this one of its families; no bounds then")
+    parser.add_argument("--count-only", action="store_true", help="compare no blocks: seconds a model")
     parser.add_argument("--markdown", type=Path, help="write the table here")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
+    torch.set_num_threads(1)  # convolutions of many groups in float64 are many small calls, at which threads wait
     lines, failed = [f"# What convert() reaches, {date.today()}", ""], False
     for library in [options.library] if options.library else LIBRARIES:
-        rows, failures = measure(library, options.family)
-        sites = [site for _, _, report in rows for site in report.sites]
+        if find_spec(library) is None:
+            print(f"{library} is left out, for it is not installed")
+            continue
+        rows, failures = measure_library(library, options.family, options.count_only)
+        sites = [site for row in rows for site in row.report.sites]
         counts = collections.Counter(site.level for site in sites)
         fused, skipped = (counts["skip"] + counts["fuse"]) / max(len(sites), 1), counts["skip"] / max(len(sites), 1)
+        faults = [f"{row.family}: {fault}" for row in rows for fault in row.faults]
         summary = (
             f"{library} {importlib.import_module(library).__version__}: "
             f"{len(rows)} families and variants, {len(sites)} calls, "
             f"{100 * fused:.1f} % fused or skipped, {100 * skipped:.1f} % skipped"
         )
+        if not options.count_only:
+            summary += f"; {sum(row.compared for row in rows)} blocks compared, {len(faults)} differences"
         print(summary)
-        lines += [
-            f"## {summary}",
-            "",
-            "| family | model | skip | fuse | keep | why not more |",
-            "| :-- | :-- | --: | --: | --: | :-- |",
-        ]
-        for name, model, report in rows:
-            why = "; ".join(sorted({f"{site.why} ({site.block_class})" for site in report.sites if site.why}))
-            lines.append(f"| {name} | {model} | {' | '.join(str(report.count(level)) for level in LEVELS)} | {why} |")
-        lines += ["", *(f"- not run: {failure}" for failure in failures), ""]
+        lines += [f"## {summary}", "", *_table(rows), ""]
+        lines += [*(f"- not run: {failure}" for failure in failures), *(f"- differs: {fault}" for fault in faults)]
+        lines += [f"- note: {row.family}: {note}" for row in rows for note in row.notes] + [""]
         unexplained = [site.path for site in sites if site.level != "skip" and not site.why]
-        low = options.family is None and (fused < BOUNDS[library][0] or skipped < BOUNDS[library][1])
-        if unexplained or low:
+        bounds = BOUNDS.get(library, (0.0, 0.0))
+        low = options.family is None and (fused < bounds[0] or skipped < bounds[1])
+        if unexplained or low or faults:
             failed = True
-            print(f"{library}: FAILED, {'below its bounds' if low else f'no reason for {unexplained[0]}'}")
+            why = "below its bounds" if low else f"no reason for {unexplained[0]}" if unexplained else faults[0]
+            print(f"{library}: FAILED, {why}")
     if options.markdown:
         options.markdown.parent.mkdir(parents=True, exist_ok=True)
         options.markdown.write_text("\n".join(lines).rstrip() + "\n")
     return int(failed)
+
+
+def _table(rows: list[Row]) -> Iterator[str]:
+    yield "| family | model | skip | fuse | keep | blocks compared | why not more |"
+    yield "| :-- | :-- | --: | --: | --: | --: | :-- |"
+    for row in rows:
+        why = "; ".join(sorted({f"{site.why} ({site.block_class})" for site in row.report.sites if site.why}))
+        counts = " | ".join(str(row.report.count(level)) for level in LEVELS)
+        yield f"| {row.family} | {row.model} | {counts} | {row.compared} | {why} |"
 
 
 if __name__ == "__main__":
