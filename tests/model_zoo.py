@@ -194,7 +194,6 @@ MMPRETRAIN: dict[str, dict[str, Any]] = {
     "LeViT": {"arch": "128s"},
     "RepLKNet": {"arch": "31B"},
     "ResNet": {"depth": 18},
-    "SparseResNet": {"depth": 18},
     "PCPVT": {"arch": "small"},
     "SVT": {"arch": "small"},
 }
