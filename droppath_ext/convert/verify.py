@@ -38,7 +38,9 @@ def verify(root: nn.Module, call: Call, planned: Callable[..., Any]) -> None:
     if root.__dict__.pop(MISSED, 0):
         raise CannotPlan("its example does not meet the conditions of its plan")
     for what, values, others in zip(("result", "input", "buffer", "gradient"), expected, actual, strict=True):
-        if len(values) != len(others) or not all(map(_agree, values, others)):
+        # Of all of them: the gradient of a bias before BatchNorm is rounding errors.
+        largest = max(map(_largest, values), default=0.0)
+        if len(values) != len(others) or not all(_agree(a, b, largest) for a, b in zip(values, others, strict=True)):
             raise CannotPlan(f"its forward does more than its graph shows: the {what} is another")
 
 
@@ -86,12 +88,15 @@ def _run(root: nn.Module, call: Call, forward: Callable[..., Any]) -> tuple[list
     return out, inputs, buffers, gradients
 
 
-def _agree(a: Any, b: Any) -> bool:
+def _largest(value: Any) -> float:
+    is_float = isinstance(value, Tensor) and value.is_floating_point() and value.numel() > 0
+    return float(value.detach().abs().max()) if is_float else 0.0
+
+
+def _agree(a: Any, b: Any, largest: float) -> bool:
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
         return type(a) is type(b) and bool(a == b)
     if a.dtype != b.dtype or a.shape != b.shape or a.requires_grad != b.requires_grad:
         return False
     tolerance = {torch.float64: 1e-9, torch.float32: 1e-4}.get(a.dtype, 5e-2)
-    a, b = a.detach(), b.detach()
-    largest = float(a.abs().max()) if a.numel() and a.is_floating_point() else 0.0
-    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * largest, equal_nan=True)
+    return torch.allclose(a.detach(), b.detach(), rtol=tolerance, atol=tolerance * largest, equal_nan=True)
