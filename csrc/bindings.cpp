@@ -39,7 +39,7 @@ bool uses_fused_path(py::handle x) {
     return false;
   }
   const at::Tensor& tensor = THPVariable_Unpack(x.ptr());
-  return tensor.layout() == at::kStrided && !tensor.is_nested() &&
+  return tensor.layout() == at::kStrided && !tensor.is_nested() && !tensor.is_quantized() &&
          (tensor.is_cpu() || (kHasCuda && tensor.is_cuda())) && !tensor._fw_grad(/*level=*/0).defined();
 }
 

@@ -3,6 +3,7 @@
 The native ops check what reaches them in the same words.
 """
 
+import numbers
 import re
 import sys
 import warnings
@@ -21,14 +22,20 @@ SAMPLINGS = ("bernoulli", "fixed")
 warnings.filterwarnings("ignore", category=TracerWarning, module=re.escape(__name__))
 
 
-def check_drop_prob(drop_prob: float) -> None:
-    """Raise unless ``drop_prob`` is a number in [0, 1]."""
-    try:
-        valid = 0.0 <= drop_prob <= 1.0
-    except TypeError:
-        raise TypeError(f"drop_prob must be a number in [0, 1], but got {drop_prob!r}") from None
-    if not valid:
+def checked_drop_prob(drop_prob: float) -> float:
+    """``drop_prob`` as a float. Raise unless it is a number in [0, 1]: a Python or NumPy one, or a 0-dim tensor."""
+    p = drop_prob if type(drop_prob) is float else _as_float(drop_prob)
+    if not 0.0 <= p <= 1.0:
         raise ValueError(f"drop_prob must be in [0, 1], but got {drop_prob!r}")
+    return p
+
+
+def _as_float(drop_prob: object) -> float:
+    is_number = isinstance(drop_prob, numbers.Number | Tensor) or hasattr(drop_prob, "__float__")
+    if not is_number or isinstance(drop_prob, complex) or (isinstance(drop_prob, Tensor) and drop_prob.ndim > 0):
+        what = f"a tensor of shape {list(drop_prob.shape)}" if isinstance(drop_prob, Tensor) else repr(drop_prob)
+        raise TypeError(f"drop_prob must be a number in [0, 1], but got {what}")
+    return float(drop_prob)  # type: ignore[arg-type]
 
 
 def check_mode(mode: str) -> None:
@@ -50,12 +57,14 @@ def check_branch(branch: Callable[..., Tensor]) -> None:
 
 
 def check_dtype(x: Tensor, name: str) -> None:
-    """Raise unless ``name`` is a tensor of a floating-point dtype."""
+    """Raise unless ``name`` is a dense or nested tensor of a floating-point dtype."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a Tensor, but got {type(x).__name__}")
     if x.dtype not in DTYPES:
         dtype = str(x.dtype).removeprefix("torch.")
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, but got {dtype}")
+    if x.layout not in (torch.strided, torch.jagged):
+        raise TypeError(f"{name} must be a dense tensor, but got one of layout {x.layout}")
 
 
 def check_input(x: Tensor, name: str = "x") -> None:

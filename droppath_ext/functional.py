@@ -13,13 +13,13 @@ from .checks import (
     DTYPES,
     check_batched,
     check_branch,
-    check_drop_prob,
     check_gamma,
     check_gatherable,
     check_generator,
     check_mode,
     check_output,
     check_sampling,
+    checked_drop_prob,
 )
 from .sampling import Samples, draw_samples
 from .tracing import (
@@ -80,7 +80,7 @@ def drop_path(
 
     Source: Huang et al., "Deep Networks with Stochastic Depth", https://arxiv.org/abs/1603.09382, drawn per sample.
     """
-    check_drop_prob(drop_prob)
+    drop_prob = checked_drop_prob(drop_prob)
     if mode != "row":  # the default costs no call
         check_mode(mode)
     if drop_prob == 0.0 or not training:
@@ -140,7 +140,7 @@ def drop_path_add(
     Source: Huang et al., "Deep Networks with Stochastic Depth", https://arxiv.org/abs/1603.09382; gamma: Touvron et
     al., "Going deeper with Image Transformers" (LayerScale), https://arxiv.org/abs/2103.17239.
     """
-    check_drop_prob(drop_prob)
+    drop_prob = checked_drop_prob(drop_prob)
     if mode != "row":  # the default costs no call
         check_mode(mode)
     p = drop_prob if training else 0.0
@@ -221,7 +221,7 @@ def stochastic_depth(
     Source: Huang et al., "Deep Networks with Stochastic Depth", https://arxiv.org/abs/1603.09382; subsets of the batch:
     Oquab et al., "DINOv2", https://arxiv.org/abs/2304.07193.
     """
-    check_drop_prob(drop_prob)
+    drop_prob = checked_drop_prob(drop_prob)
     check_sampling(sampling)
     check_branch(branch)
     compiling = is_compiling()

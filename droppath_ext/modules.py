@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from .checks import check_branch, check_drop_prob, check_mode, check_sampling
+from .checks import check_branch, check_mode, check_sampling, checked_drop_prob
 from .functional import drop_path, drop_path_add, stochastic_depth
 from .tracing import scripted_stochastic_depth
 
@@ -23,10 +23,9 @@ class DropPath(nn.Module):
     """
 
     def __init__(self, drop_prob: float = 0.0, scale_by_keep: bool = True, mode: str = "row") -> None:
-        check_drop_prob(drop_prob)
         check_mode(mode)
         super().__init__()
-        self.drop_prob = drop_prob
+        self.drop_prob = checked_drop_prob(drop_prob)
         self.scale_by_keep = scale_by_keep
         self.mode = mode
 
@@ -35,7 +34,7 @@ class DropPath(nn.Module):
 
     def extra_repr(self) -> str:
         mode = "" if self.mode == "row" else f", mode={self.mode}"
-        return f"drop_prob={round(self.drop_prob, 3):0.3f}{mode}"
+        return f"drop_prob={round(float(self.drop_prob), 3):0.3f}{mode}"
 
 
 class LayerScaled(nn.Module):
@@ -86,10 +85,9 @@ class DropPathAdd(LayerScaled):
         dim: int | Sequence[int] | None = None,
         init_values: float | None = None,
     ) -> None:
-        check_drop_prob(drop_prob)
         check_mode(mode)
         super().__init__(dim, init_values)
-        self.drop_prob = drop_prob
+        self.drop_prob = checked_drop_prob(drop_prob)
         self.scale_by_keep = scale_by_keep
         self.mode = mode
 
@@ -100,7 +98,7 @@ class DropPathAdd(LayerScaled):
 
     def extra_repr(self) -> str:
         mode = "" if self.mode == "row" else f", mode={self.mode}"
-        return f"drop_prob={round(self.drop_prob, 3):0.3f}{mode}{super().extra_repr()}"
+        return f"drop_prob={round(float(self.drop_prob), 3):0.3f}{mode}{super().extra_repr()}"
 
 
 class StochasticDepth(LayerScaled):
@@ -130,11 +128,10 @@ class StochasticDepth(LayerScaled):
         sampling: str = "bernoulli",
     ) -> None:
         check_branch(branch)
-        check_drop_prob(drop_prob)
         check_sampling(sampling)
         super().__init__(dim, init_values)
         self.branch = branch
-        self.drop_prob = drop_prob
+        self.drop_prob = checked_drop_prob(drop_prob)
         self.scale_by_keep = scale_by_keep
         self.sampling = sampling
 
@@ -155,4 +152,4 @@ class StochasticDepth(LayerScaled):
 
     def extra_repr(self) -> str:
         sampling = "" if self.sampling == "bernoulli" else f", sampling={self.sampling}"
-        return f"drop_prob={round(self.drop_prob, 3):0.3f}{sampling}{super().extra_repr()}"
+        return f"drop_prob={round(float(self.drop_prob), 3):0.3f}{sampling}{super().extra_repr()}"

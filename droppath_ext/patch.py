@@ -1,5 +1,6 @@
 """Swap this project's drop_path into timm."""
 
+import sys
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any
@@ -34,7 +35,6 @@ class TimmPatch:
             from timm.layers import drop
         except ImportError as error:
             raise ImportError(f"patch_timm() needs timm: pip install timm ({error})") from error
-        self._module: Any = drop
         if TimmPatch._in_force == 0:
             TimmPatch._timms_own = drop.drop_path
             TimmPatch._ours = _drop_path_scripted_as(drop.drop_path)
@@ -49,7 +49,9 @@ class TimmPatch:
         self._active = False
         TimmPatch._in_force -= 1
         if TimmPatch._in_force == 0:
-            self._module.drop_path = TimmPatch._timms_own
+            for name, module in list(sys.modules.items()):  # timm.models.layers copies the name when it is imported
+                if name.partition(".")[0] == "timm" and vars(module).get("drop_path") is TimmPatch._ours:
+                    vars(module)["drop_path"] = TimmPatch._timms_own
 
     def __enter__(self) -> "TimmPatch":
         return self

@@ -23,7 +23,10 @@ def draw_keep_mask(x: Tensor, drop_prob: float, mode: str = "row", generator: Ge
     size = x.shape[0] if mode == "row" else 1
     # new_empty keeps what x is, say a DTensor; nested tensors have none. float32: float16 is too coarse for some p.
     like = x.values() if x.is_nested else x
-    return like.new_empty((size,), dtype=torch.float32).bernoulli_(1.0 - drop_prob, generator=generator) != 0
+    draws = like.new_empty((size,), dtype=torch.float32)
+    if is_compiling():  # a rate that bernoulli_ is given is a constant of the graph: another rate, another graph
+        return draws.uniform_(generator=generator) < 1.0 - drop_prob
+    return draws.bernoulli_(1.0 - drop_prob, generator=generator) != 0
 
 
 def mask_dropped(x: Tensor, keep: Tensor, value: float) -> Tensor:

@@ -1,5 +1,7 @@
 """Which samples ``stochastic_depth`` computes: drawn on the host ("bernoulli") or on the device ("fixed")."""
 
+import math
+import operator
 from typing import NamedTuple
 
 import torch
@@ -24,7 +26,32 @@ class Samples(NamedTuple):
 
 def fixed_count(size: int, drop_prob: float) -> int:
     """How many of ``size`` samples "fixed" keeps."""
-    return max(1, round(size * (1.0 - drop_prob))) if drop_prob < 1.0 else 0
+    if drop_prob >= 1.0:
+        return 0
+    if not is_compiling():
+        return max(1, round(size * (1.0 - drop_prob)))
+    # Dynamo cannot round a rate that varies, but it can compare one: the graph is for one number of samples.
+    size = operator.index(size)
+    highest = _highest_rates(size)
+    low, high = 1, size
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if drop_prob <= highest[middle] else (low, middle - 1)
+    return low
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _highest_rates(size: int) -> list[float]:
+    """For each count the highest rate at which "fixed" keeps as many of ``size`` samples."""
+    rates = []
+    for count in range(size + 1):
+        rate = 1.0 - (count - 0.5) / size if size else 0.0
+        while round(size * (1.0 - rate)) < count:
+            rate = math.nextafter(rate, -math.inf)
+        while rate < 1.0 and round(size * (1.0 - math.nextafter(rate, math.inf))) >= count:
+            rate = math.nextafter(rate, math.inf)
+        rates.append(rate)
+    return rates
 
 
 def draw_samples(
@@ -57,6 +84,8 @@ def _draw_bernoulli_between_graphs(
 ) -> tuple[Samples, float]:
     """What follows is compiled once for all numbers of kept samples but 1, a whole batch included."""
     samples, _ = _draw_bernoulli(x, drop_prob, generator)
+    if samples.taken_from is samples.kept:  # else a graph would be for batches of which a sample is kept alone
+        samples = samples._replace(taken_from=samples.kept.clone())
     torch._dynamo.maybe_mark_dynamic(samples.taken_from, 0)
     torch._dynamo.maybe_mark_dynamic(samples.kept, 0)
     return samples, reference.keep_scale(drop_prob, scale_by_keep)

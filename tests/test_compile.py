@@ -1,6 +1,7 @@
 """Promise: torch.compile and torch.export take the functions whole, and stay random."""
 
 import copy
+import math
 from itertools import product
 
 import pytest
@@ -501,3 +502,114 @@ def test_compiled_autograd(device, backend, name):
             assert (leaf.grad is None) == (wanted is None)
             if wanted is not None:
                 torch.testing.assert_close(leaf.grad, wanted)
+
+
+# --- any number of rates, blocks and switches between training and evaluation shares two graphs ---
+
+RATES = [i / 13 for i in range(1, 13)]
+GAMMA = torch.full((6,), 0.5)
+FUNCTIONS = {
+    "drop_path": lambda x, p: drop_path(x, p, True),
+    "drop_path, batch": lambda x, p: drop_path(x, p, True, mode="batch"),
+    "drop_path_add": lambda x, p: drop_path_add(x, x.sin(), p, True),
+    "drop_path_add, gamma": lambda x, p: drop_path_add(x, x.sin(), p, True, gamma=GAMMA.to(x.device)),
+    "bernoulli": lambda x, p: stochastic_depth(x, torch.sin, p, True),
+    "fixed": lambda x, p: stochastic_depth(x, torch.sin, p, True, sampling="fixed"),
+}
+MODULES = {
+    "DropPath": lambda p: DropPath(p),
+    "DropPathAdd": lambda p: DropPathAdd(p, dim=6, init_values=0.5),
+    "bernoulli": lambda p: StochasticDepth(torch.sin, p),
+    "fixed": lambda p: StochasticDepth(torch.sin, p, sampling="fixed"),
+}
+
+
+class Graphs:
+    """Counts the graphs; one too many, and a fallback to eager, is an error."""
+
+    def __init__(self):
+        self.counter = CompileCounterWithBackend("aot_eager")
+        self.after = []
+
+    def compile(self, function, name, dynamic=None):
+        return torch.compile(function, backend=self.counter, fullgraph=name != "bernoulli", dynamic=dynamic)
+
+    def input(self, name, device):
+        """For "fixed" few samples, so that there are few counts; for "bernoulli" many: one sample has its own graph."""
+        return random_tensor((64 if name == "bernoulli" else 5, 6), device=device).requires_grad_()
+
+    def check(self, name, counts):
+        if name == "fixed":  # shapes are static: a graph for each number of samples
+            assert self.counter.frame_count <= len(counts) + 1
+        elif name == "bernoulli":  # it breaks the graph once: the parts are those of the first two rates
+            assert self.after[-1] == self.after[1]
+        else:
+            assert self.counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_rates_share_graphs(device, name, dynamic):
+    graphs = Graphs()
+    function = graphs.compile(FUNCTIONS[name], name, dynamic)
+    x = graphs.input(name, device)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for p in RATES:
+            function(x, p).sum().backward()
+            graphs.after.append(graphs.counter.frame_count)
+    graphs.check(name, {fixed_count(5, p) for p in RATES})
+
+
+@pytest.mark.parametrize("name", ["drop_path", "drop_path_add, gamma", "fixed"])
+def test_a_shared_graph_keeps_as_many_as_its_rate_says(device, name):
+    function = torch.compile(FUNCTIONS[name], backend="aot_eager", fullgraph=True)
+    size = 8000 if name != "fixed" else 5
+    x = random_tensor((size, 6), device=device)
+    for p in (0.1, 0.7, 0.3, 0.5):
+        out = function(x, p)
+        base = torch.zeros_like(x) if name == "drop_path" else x if name == "fixed" else x.sin()
+        kept = float((out != base).any(1).float().mean())
+        expected = fixed_count(5, p) / 5 if name == "fixed" else 1 - p
+        assert abs(kept - expected) < 0.03
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_blocks_compiled_one_by_one_share_graphs(device, name):
+    graphs = Graphs()
+    x = graphs.input(name, device)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for p in RATES:
+            module = graphs.compile(MODULES[name](p).to(device), name)
+            arguments = (x, x) if name == "DropPathAdd" else (x,)
+            module(*arguments).sum().backward()
+            graphs.after.append(graphs.counter.frame_count)
+    graphs.check(name, {fixed_count(5, p) for p in RATES})
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_switches_between_training_and_evaluation_share_graphs(device, name):
+    graphs = Graphs()
+    module = MODULES[name](0.4).to(device)
+    compiled = graphs.compile(module, name)
+    x = graphs.input(name, device)
+    arguments = (x, x) if name == "DropPathAdd" else (x,)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for i in range(20):
+            module.train(i % 2 == 0)
+            compiled(*arguments).sum().backward()
+            graphs.after.append(graphs.counter.frame_count)
+    assert graphs.after[-1] == graphs.after[1]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8, 37, 256])
+def test_fixed_count_by_comparisons_is_that_by_rounding(size, monkeypatch):
+    """Ties, too: they go to the even number."""
+    from droppath_ext import sampling
+
+    rates = (
+        [i / 64 for i in range(65)] + [i / 100 for i in range(101)] + [1 - (i - 0.5) / size for i in range(1, size + 1)]
+    )
+    rates += [math.nextafter(p, end) for p in rates for end in (0.0, 1.0)]
+    expected = [sampling.fixed_count(size, p) for p in rates]
+    monkeypatch.setattr(sampling, "is_compiling", lambda: True)
+    assert [sampling.fixed_count(size, p) for p in rates] == expected

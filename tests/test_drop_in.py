@@ -3,6 +3,8 @@
 import copy
 import inspect
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -193,6 +195,22 @@ def test_permanent_patch_and_undo():
     assert timm_drop.drop_path is original
     handle.undo()  # once more does no harm
     assert timm_drop.drop_path is original
+
+
+@needs_timm
+def test_a_module_of_timm_that_is_imported_under_the_patch_gets_its_own_back():
+    """timm.models.layers copies the functions of timm.layers, when it is first imported."""
+    lines = [
+        "import warnings; warnings.simplefilter('ignore')",
+        "import timm.layers.drop, droppath_ext",
+        "own = timm.layers.drop.drop_path",
+        "patch = droppath_ext.patch_timm()",
+        "from timm.models import layers",
+        "assert layers.drop_path is not own",
+        "patch.undo()",
+        "assert layers.drop_path is own and timm.layers.drop.drop_path is own",
+    ]
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True)
 
 
 @needs_timm

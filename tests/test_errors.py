@@ -2,11 +2,14 @@
 
 import re
 import sys
+from decimal import Decimal
+from fractions import Fraction
 from functools import partial
 
+import numpy
 import pytest
 import torch
-from conftest import NO_CUDA_REASON, SAMPLINGS, case_id, generator_state, pairwise, seeded
+from conftest import NO_CUDA_REASON, SAMPLINGS, assert_same_bits, case_id, generator_state, pairwise, seeded
 from op_cases import ADD, ADD_GAMMA, BATCH_MODE_OPS, DROP_PATH, OPS, SKIP_BERNOULLI, SKIP_FIXED, SKIP_OPS
 
 from droppath_ext import (
@@ -37,13 +40,13 @@ def _never(*_):
     raise AssertionError("the branch must not be called")
 
 
-def _call(op, drop_prob=0.5, training=True, device="cpu", changes=None, **options):
-    """The public function with right inputs, but for the changes, around a branch that must not be called."""
+def _call(op, drop_prob=0.5, training=True, device="cpu", changes=None, branch=_never, **options):
+    """The public function with right inputs, but for the changes; the branch must not be called unless one is given."""
     ones = {"x": torch.ones(2, 3), "residual": torch.ones(2, 3), "gamma": torch.ones(3)}
     named = {name: tensor.to(device) for name, tensor in ones.items()} | (changes or {})
     options = op.options | options
     if op in SKIP_OPS:
-        return stochastic_depth(named["x"], _never, drop_prob, training, gamma=named["gamma"], **options)
+        return stochastic_depth(named["x"], branch, drop_prob, training, gamma=named["gamma"], **options)
     if op.inputs == ("x",):
         return drop_path(named["x"], drop_prob, training, **options)
     gamma = named["gamma"] if op.has_gamma else None
@@ -87,6 +90,67 @@ def test_drop_prob_not_a_number(op, drop_prob):
             _call(op, drop_prob, training)
     with pytest.raises(TypeError, match=message):
         MODULES[op](drop_prob)
+
+
+NUMBERS = [
+    0.25, Fraction(1, 4), Decimal("0.25"), numpy.float16(0.25), numpy.float32(0.25), numpy.float64(0.25),
+    numpy.array(0.25), torch.tensor(0.25), torch.tensor(0.25, dtype=torch.float16),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("op", OF_ALL_MODES)
+@pytest.mark.parametrize("drop_prob", [*NUMBERS, 1, True, 0, False], ids=repr)
+def test_drop_prob_of_any_type_of_number(device, op, drop_prob):
+    """The results are those of the float, bit for bit."""
+    for training in (True, False):
+        results = []
+        for p in (drop_prob, float(drop_prob)):
+            torch.manual_seed(0)
+            results.append(_call(op, p, training, device, branch=torch.sin))
+        assert_same_bits(*results)
+
+
+@pytest.mark.parametrize("op", MODULES)
+@pytest.mark.parametrize("drop_prob", [*NUMBERS, 1, True, 0, False], ids=repr)
+def test_module_drop_prob_of_any_type_of_number(op, drop_prob):
+    """Also one that is assigned later; and it is shown as the float is."""
+    arguments = [torch.ones(6, 3)] * (2 if op is ADD else 1)
+    branch = () if op in (DROP_PATH, ADD) else (torch.sin,)
+    cls = {DROP_PATH: DropPath, ADD: DropPathAdd}.get(op, StochasticDepth)
+    expected, built, assigned = (cls(*branch, p) for p in (float(drop_prob), drop_prob, 0.5))
+    assigned.drop_prob = drop_prob
+    results = []
+    for module in (expected, built, assigned):
+        torch.manual_seed(0)
+        results.append(module(*arguments))
+        assert repr(module) == repr(expected)
+        assert_same_bits(results[-1], results[0])
+
+
+@pytest.mark.parametrize("op", OF_ALL_MODES)
+@pytest.mark.parametrize("size", [1, 3])
+def test_tensor_in_the_place_of_drop_prob(device, op, size):
+    """gamma, say, of one element or of many."""
+    gamma = torch.full((size,), 0.5, device=device)
+    for training in (True, False):
+        with pytest.raises(TypeError, match=rf"^drop_prob must be a number .* but got a tensor of shape \[{size}\]$"):
+            _call(op, gamma, training, device)
+
+
+@pytest.mark.parametrize("op", OF_ALL_MODES)
+@pytest.mark.parametrize("name", ["to_sparse", "to_sparse_csr", "to_mkldnn"])
+def test_layout(op, name):
+    x = getattr(torch.ones(2, 3), name)()
+    message = rf"^x must be a dense tensor, but got one of layout {re.escape(str(x.layout))}$"
+    with pytest.raises(TypeError, match=message):
+        _call(op, changes={"x": x, "residual": x})
+
+
+@pytest.mark.parametrize("op", OF_ALL_MODES)
+def test_quantized(op):
+    x = torch.quantize_per_tensor(torch.ones(2, 3), 0.1, 0, torch.quint8)
+    with pytest.raises(TypeError, match="^x must be float16, bfloat16, float32 or float64, but got quint8$"):
+        _call(op, changes={"x": x, "residual": x})
 
 
 @pytest.mark.parametrize("op", [DROP_PATH, ADD])
