@@ -8,6 +8,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 
 import torch
 from torch import Generator, Tensor
@@ -31,9 +32,10 @@ def checked_drop_prob(drop_prob: float) -> float:
 
 
 def _as_float(drop_prob: object) -> float:
-    is_number = isinstance(drop_prob, numbers.Number | Tensor) or hasattr(drop_prob, "__float__")
-    if not is_number or isinstance(drop_prob, complex) or (isinstance(drop_prob, Tensor) and drop_prob.ndim > 0):
-        what = f"a tensor of shape {list(drop_prob.shape)}" if isinstance(drop_prob, Tensor) else repr(drop_prob)
+    shape, dtype = getattr(drop_prob, "shape", ()), str(getattr(drop_prob, "dtype", ""))
+    is_number = isinstance(drop_prob, numbers.Real | Decimal) or ("dtype" in dir(drop_prob) and "str" not in dtype)
+    if not is_number or len(shape) > 0 or "complex" in dtype or isinstance(drop_prob, str):
+        what = f"a tensor of shape {list(shape)}" if len(shape) > 0 else repr(drop_prob)
         raise TypeError(f"drop_prob must be a number in [0, 1], but got {what}")
     return float(drop_prob)  # type: ignore[arg-type]
 

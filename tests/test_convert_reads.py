@@ -8,6 +8,7 @@ from collections import namedtuple
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -44,9 +45,60 @@ class Config:
         return self.factor / 2
 
 
+class Doubled:
+    def factor(self):
+        return 2.0
+
+
+class Halved:
+    def factor(self):
+        return 0.5
+
+
+class DoubledModule(nn.Module, Doubled):
+    pass
+
+
+class HalvedModule(nn.Module, Halved):
+    pass
+
+
+class Number(float):
+    pass
+
+
+class Numbers(list):
+    factor = 2.0
+
+
+class Wrapped:
+    """An object that answers for its dict."""
+
+    def __init__(self):
+        self.content = {"factor": 2.0}
+
+    def __getattr__(self, name):
+        return self.content[name]
+
+
+def times(factor):
+    return lambda: factor
+
+
+def two():
+    return 2.0
+
+
+def four():
+    return 4.0
+
+
 CONFIG = Config()
 Pair = namedtuple("Pair", "factor name")
 Act = enum.Enum("Act", "RELU GELU")
+ACT = Act.RELU
+FUNCTION = two
+FUNCTIONS = {"factor": two}
 
 
 class Block(nn.Module):
@@ -141,6 +193,15 @@ def one_part_more(block, patch):
     block.parts.append(nn.ReLU())
 
 
+def put_buffer(block):
+    block.register_buffer("b", torch.ones(2))
+
+
+def parameter_in_its_place(block, patch):
+    del block.factor
+    block.factor = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))  # equal, but trained
+
+
 # What is read, how a block gets it, and how it changes.
 READS = {
     "attribute": (lambda s: s.factor, put("factor", 2.0), setting("factor", 4.0)),
@@ -163,11 +224,110 @@ READS = {
     "constant": (lambda s: 2.0 if s.act is Act.RELU else 4.0, put("act", Act.RELU), setting("act", Act.GELU)),
     "dtype": (lambda s: 2.0 if s.kind is torch.half else 4.0, put("kind", torch.half), setting("kind", torch.double)),
     "modules": (lambda s: float(len(s.parts)), put("parts", nn.ModuleList([nn.ReLU()])), one_part_more),
+    "class of an object": (lambda s: s.policy.factor(), put("policy", Doubled()), setting("policy", Halved())),
+    "class of a child": (
+        lambda s: s.policy.factor(),
+        put("policy", DoubledModule()),
+        setting("policy", HalvedModule()),
+    ),
+    "method": (lambda s: s.two(), put_class("two", lambda self: 2.0), setting("two", four)),
+    "closure": (lambda s: s.fn(), lambda s: setattr(s, "fn", times(2.0)), setting("fn", times(4.0))),
+    "shape of a buffer": (lambda s: s.b.numel(), put_buffer, setting("b", torch.ones(5))),
+    "child that is not called": (
+        lambda s: 2.0 if isinstance(s.part, nn.Tanh) else 4.0,
+        put("part", nn.Tanh()),
+        setting("part", nn.ReLU()),
+    ),
+    "children": (
+        lambda s: float(len(list(s.inner.children()))),
+        None,
+        lambda s, _: s.inner.add_module("more", nn.Tanh()),
+    ),
+    "config that goes": (
+        lambda s: 4.0 if s.config is None else s.config.factor,
+        put("config", Config()),
+        setting("config", None),
+    ),
+    "attribute that goes": (lambda s: getattr(s, "factor", 4.0), put("factor", 2.0), lambda s, _: delattr(s, "factor")),
+    "parameter in its place": (lambda s: s.factor, put("factor", 2.0), parameter_in_its_place),
+    "child that goes": (lambda s: 4.0 if s.part is None else 2.0, put("part", nn.Tanh()), setting("part", None)),
+    "object with __getattr__": (
+        lambda s: s.config.factor,
+        lambda s: setattr(s, "config", Wrapped()),
+        setting("config.content.factor", 4.0),
+    ),
+    "global constant": (
+        lambda s: 2.0 if ACT is Act.RELU else 4.0,
+        None,
+        lambda s, patch: patch.setitem(globals(), "ACT", Act.GELU),
+    ),
+    "global function": (lambda s: FUNCTION(), None, lambda s, patch: patch.setitem(globals(), "FUNCTION", four)),
+    "global functions": (
+        lambda s: FUNCTIONS["factor"](),
+        None,
+        lambda s, patch: patch.setitem(FUNCTIONS, "factor", four),
+    ),
     "global": (lambda s: FACTOR, None, lambda s, patch: patch.setitem(globals(), "FACTOR", 4.0)),
     "global dict": (lambda s: SETTINGS["factor"], None, lambda s, patch: patch.setitem(SETTINGS, "factor", 4.0)),
     "global class": (lambda s: Constants.factor, None, lambda s, patch: patch.setattr(Constants, "factor", 4.0)),
     "global object": (lambda s: CONFIG.factor, None, lambda s, patch: patch.setattr(CONFIG, "factor", 4.0)),
 }  # fmt: skip
+
+
+def put_numbers(block):
+    block.list = Numbers([1.0])
+    block.list.factor = 2.0
+
+
+# Of these nothing is known but that they were read.
+UNKNOWN = {
+    "float of another kind": (lambda s: s.factor, put("factor", Number(2.0)), setting("factor", Number(4.0))),
+    "list with an attribute": (lambda s: s.list.factor, put_numbers, setting("list.factor", 4.0)),
+    "dict of the block": (lambda s: vars(s)["factor"], put("factor", 2.0), setting("factor", 4.0)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_what_may_change_unseen_keeps_the_block_as_it_is(name, monkeypatch):
+    read, prepare, change = UNKNOWN[name]
+    assert_follows(forward_of(read), prepare, change, monkeypatch, "keep")
+
+
+def test_a_child_called_original():
+    def forward(self, x):
+        return x + self.drop(self.original(self.norm(x)))
+
+    model, x = block_of(forward, put("original", nn.Linear(CHANNELS, CHANNELS))), images(6, 3, CHANNELS)
+    model.double()
+    expected = model.eval()(x)
+    assert convert(model, "fuse", example=x).count("fuse") == 2
+    assert torch.equal(model.eval()(x), expected)
+
+
+def test_a_class_that_registers_its_subclasses_is_left_alone():
+    known = {}
+
+    class Registered(Block):
+        def __init_subclass__(cls):
+            known[cls.__name__] = cls
+
+        def forward(self, x):
+            return x + self.drop(self.branch(x)) * self.drop.drop_prob
+
+    convert(Registered().double(), "fuse", example=images(6, 3, CHANNELS))
+    assert known == {}
+
+
+def test_a_profiler_goes_on():
+    import cProfile
+
+    profiler = cProfile.Profile()
+    profiler.enable()
+    report = convert(block_of(forward_of(lambda s: 2.0)), "fuse", example=images(6, 3, CHANNELS))
+    two()
+    profiler.disable()
+    assert report.count("fuse") == 2
+    assert any(entry.code is two.__code__ for entry in profiler.getstats())
 
 
 @pytest.mark.parametrize("make", [forward_of, forward_if])
@@ -340,6 +500,22 @@ def writes_to_an_alias(self, x):
     return x + self.drop(y)
 
 
+def by_autocast(self, x):
+    return x + self.drop(self.branch(x) * (1.0 if torch.is_autocast_cpu_enabled() else 2.0))
+
+
+def by_numpy(self, x):
+    return x + self.drop(self.branch(x) * (3.0 if numpy.random.rand() < 0.02 else 1.0))
+
+
+def by_switch(self, x):
+    y = self.norm(x)
+    torch.set_grad_enabled(False)
+    z = y.sin()
+    torch.set_grad_enabled(True)
+    return x + self.drop(self.outer(y + z) * 1e-6)
+
+
 def is_tensor(self, x):
     return x + self.drop(self.branch(x * 2 if isinstance(x, torch.Tensor) else x))
 
@@ -349,7 +525,7 @@ DOES = [
     by_chance_of_its_own, by_rate, by_grad_mode, by_value, by_condition_on_a_buffer, counts_in_a_buffer,
     rebinds_a_buffer, averages_in_a_buffer, counts_in_an_attribute, counts_in_a_config, keeps_its_branch,
     keeps_its_branch_globally, writes_between, writes_to_its_input,
-    writes_to_an_alias, is_tensor,
+    writes_to_an_alias, by_autocast, by_numpy, by_switch, is_tensor,
 ]  # fmt: skip
 
 
@@ -392,6 +568,7 @@ def test_what_a_graph_does_not_show(forward, level):
         outcomes = []
         for model in models:
             random.seed(seed)
+            numpy.random.seed(seed)
             outcomes.append(step(model, x, seed))
         assert_same_step(*outcomes[::-1])
     for kept, converted in zip(models[0].blocks, models[1].blocks, strict=True):

@@ -141,7 +141,7 @@ def kept_source(module: nn.Module, kind: DropPathKind) -> str:
         f"def forward(self, {name}):\n"
         f"    if self.training and self.{kind.rate}:\n"
         f"        return _dp_drop({name}, {settings})\n"
-        f"    return original.forward(self, {name})\n"
+        f"    return _dp_original.forward(self, {name})\n"
     )
 
 
@@ -169,12 +169,16 @@ def block_source(trace: Trace, swallowed: dict[str, fx.Node], branches: list[Bra
         f"{_HEADER}{_FUNCTIONS if branches else ''}{''.join(lines)}\n\n{''.join(functions)}"
         f"def forward({_declare(own, parameters)}):\n"
         f"    if self.training:\n"
+        f"        try:\n"
         f"{modules}"
-        f"        if ({' and '.join(conditions)}):\n"
+        f"            _dp_planned = {' and '.join(conditions)}\n"
+        f"        except Exception:  # what a condition asks for is gone\n"
+        f"            _dp_planned = False\n"
+        f"        if _dp_planned:\n"
         f"{rebound}"
         f"{body}"
         f"        _dp_missed(self)\n"
-        f"    return original.forward({', '.join(['self', *map(_argument, parameters)])})\n"
+        f"    return _dp_original.forward({', '.join(['self', *map(_argument, parameters)])})\n"
     )
 
 
@@ -189,15 +193,15 @@ def _conditions(trace: Trace, swallowed: dict[str, fx.Node]) -> tuple[str, list[
         _match(trace, name, value, conditions, rebound)
     for path, node in swallowed.items():
         if path == "":
-            lines.append(f"        {node.name} = self\n")
+            lines.append(f"            {node.name} = self\n")
             continue
-        lines.append(f"        {node.name} = {_access(path)}\n")
+        lines.append(f"            {node.name} = {_access(path)}\n")
         watched.append(node.name)
         conditions.append(f"getattr({node.name}, {_rate_of(trace.root, path)!r}, None) is not None")
     conditions += [f"not {_access(path)}.training" for path in trace.frozen]
     for i, path in enumerate(dict.fromkeys(trace.inlined)):
         name = f"_dp_inlined_{i}"
-        lines.append(f"        {name} = {_access(path)}\n")
+        lines.append(f"            {name} = {_access(path)}\n")
         watched.append(name)
         conditions.append(f"type({name}).__name__ == {type(submodule(trace.root, path)).__name__!r}")
         names[path] = name

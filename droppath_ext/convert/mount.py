@@ -22,7 +22,7 @@ _classes: dict[tuple[Any, str], Any] = {}
 
 
 def converted_class(original: Any, source: str) -> Any:
-    """The subclass of ``original`` whose forward is defined by ``source``, in which the name ``original`` means it."""
+    """The subclass of ``original`` whose forward is defined by ``source``, in which ``_dp_original`` means it."""
     if (original, source) not in _classes:
         _classes[original, source] = make_class(original, source)
     return _classes[original, source]
@@ -31,7 +31,7 @@ def converted_class(original: Any, source: str) -> Any:
 def make_class(original: Any, source: str) -> Any:
     filename = f"<droppath_ext: {original.__qualname__} {zlib.crc32(source.encode()):08x}>"
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)  # for tracebacks
-    namespace: dict[str, Any] = {"original": original, "__name__": original.__module__}
+    namespace: dict[str, Any] = {"_dp_original": original, "__name__": original.__module__}
     exec(compile(source, filename, "exec"), namespace)
     members = {
         "forward": namespace["forward"],
@@ -52,6 +52,9 @@ def own_forward(cls: Any) -> Any:
 
     So transformers checkpoints its layers.
     """
+
+    if not hasattr(cls.forward, "__wrapped__"):
+        return cls.forward
 
     def forward(self: Any) -> None: ...
 

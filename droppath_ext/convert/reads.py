@@ -7,11 +7,12 @@ What it does, as to switch autograd off for a part of itself, cannot be kept: th
 import contextlib
 import dis
 import random
+import re
 import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import CodeType, FrameType, MethodType, ModuleType
+from types import CodeType, FrameType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .drops import drop_path_kind
-from .runtime import identity
+from .runtime import identity, is_plain
 
 
 @dataclass(frozen=True)
@@ -35,25 +36,15 @@ Place = tuple[str | None, str]  # how to come to an object: from which module of
 
 _BOOKKEEPING = set(dir(nn.Module())) - {"training"}
 _NOT_THE_FORWARD = ("torch.fx", "torch.overrides", "droppath_ext")
-_STATES = {
-    torch.is_grad_enabled, torch.is_inference_mode_enabled, torch.is_autocast_enabled, torch.get_autocast_dtype,
-    torch.is_autocast_cache_enabled, torch.get_default_dtype,
-}  # fmt: skip
+_STATE = re.compile(r"_?(is|get|set)_autocast|are_deterministic|_?(is|set)_grad_enabled|is_inference|get_default_dtype")
 _VALUES = {
     "__bool__", "__int__", "__float__", "__index__", "__contains__", "item", "tolist", "numpy", "equal", "allclose",
     "is_nonzero",
 }  # fmt: skip
+_SHAPES = {"__get__", "__len__", "size", "numel", "dim", "nelement"}  # __get__: of any property
+_MANY = 32  # entries of a global
 _HEAP_TYPE = 1 << 9  # of type.__flags__: the class was made by a class statement
 _LIBRARIES = {"torch", *sys.stdlib_module_names}  # whose globals do not change from call to call
-
-
-def is_plain(value: Any) -> bool:
-    """Whether the value can be written into source text, and compared there."""
-    if type(value) in (tuple, list, set, frozenset, torch.Size):
-        return all(map(is_plain, value))
-    if type(value) is dict:
-        return all(is_plain(key) and is_plain(part) for key, part in value.items())
-    return value is None or type(value) in (bool, int, float, str)
 
 
 class Reads:
@@ -63,11 +54,19 @@ class Reads:
         self.root = root
         self.conditions: dict[Condition, None] = {}  # in order
         self.refusal = ""  # why there can be no plan
+        self.children: dict[str | None, str] = {}  # the types of those that were asked for, by path
         self._places: dict[int, Place] = {id(module): (path, "") for path, module in root.named_modules()}
         self._watched: list[tuple[Any, type, dict[str, Any]]] = []  # with the class and the members they had
         self._codes: set[CodeType] = set()
         self._thread = threading.get_ident()
         self._is_paused = True
+        self._profiles = False
+        self._tensors: dict[int, Place] = {
+            id(tensor): (path, f".{store}[{name!r}]")
+            for path, module in root.named_modules()
+            for store in ("_parameters", "_buffers")
+            for name, tensor in getattr(module, store).items()
+        }
 
     def refuse(self, why: str) -> None:
         self.refusal = self.refusal or why
@@ -76,20 +75,26 @@ class Reads:
     def recording(self) -> Iterator[None]:
         own = vars(nn.Module).get("__getattribute__")
         profiler = sys.getprofile()
+        self._profiles = profiler is None or callable(profiler)  # one in C, as cProfile is, could not be put back
+        chance = _chance()
         nn.Module.__getattribute__ = self._recorded(own or object.__getattribute__)  # type: ignore[method-assign]
         try:
             with _NoValues(self):
                 self._is_paused = False
-                sys.setprofile(self._profile)
+                if self._profiles:
+                    sys.setprofile(self._profile)
                 try:
                     yield
                 finally:
-                    sys.setprofile(profiler)
+                    if self._profiles:
+                        sys.setprofile(profiler)
                     self._is_paused = True
         finally:
             del nn.Module.__getattribute__
             if own is not None:
                 nn.Module.__getattribute__ = own  # type: ignore[method-assign]
+            if _chance() != chance:
+                self.refuse("its forward depends on chance")
             for value, cls, members in self._watched:
                 object.__setattr__(value, "__class__", cls)
                 now = vars(value)
@@ -102,11 +107,13 @@ class Reads:
     def paused(self) -> Iterator[None]:
         was_paused, self._is_paused = self._is_paused, True
         profiler = sys.getprofile()
-        sys.setprofile(None)
+        if self._profiles:
+            sys.setprofile(None)
         try:
             yield
         finally:
-            sys.setprofile(profiler)
+            if self._profiles:
+                sys.setprofile(profiler)
             self._is_paused = was_paused
 
     @property
@@ -133,14 +140,13 @@ class Reads:
 
     def _attribute(self, owner: Any, name: str, value: Any) -> None:
         is_module = isinstance(owner, nn.Module)
-        if name == "__dict__" and not is_module:
-            self.refuse("its forward reads the __dict__ of an object")
-        is_list = name == "_modules" and isinstance(owner, nn.ModuleList | nn.ModuleDict | nn.Sequential)
-        if name.startswith("__") or (is_module and name in _BOOKKEEPING and not is_list):
+        if name == "__dict__" and not _module_of(sys._getframe(2)).startswith("torch."):
+            self.refuse(f"its forward reads the __dict__ of a {type(owner).__name__}")
+        if name.startswith("__") or (is_module and name in _BOOKKEEPING and name != "_modules"):
             return
         place = self._place(owner)
-        if place is not None and is_list:
-            self._require(place, "len(", f") == {len(value)}")
+        if place is not None and is_module and name == "_modules":
+            self._require(place, "tuple(", f"._modules) == {tuple(value)!r}")
             return
         if place is None or (place == ("", "") and name == "training"):  # a plan is for training
             return
@@ -149,7 +155,12 @@ class Reads:
             self.refuse("its forward reads the rate of its drop path")
             return
         path, text = place
-        self._value((path, f"{text}.{name}"), value, is_stored=name in object.__getattribute__(owner, "__dict__"))
+        if is_module and path:
+            self._require(place, "type(", f").__name__ == {type(owner).__name__!r}")
+        is_stored = name in object.__getattribute__(owner, "__dict__")
+        if not is_stored and callable(value):
+            self._require(place, f"{name!r} not in vars(", ")")
+        self._value((path, f"{text}.{name}"), value, is_stored=is_stored)
 
     def _no_member(self, owner: Any, name: str) -> None:
         """Of the object itself: a parameter, buffer or child of a module, or nothing."""
@@ -159,10 +170,27 @@ class Reads:
         for store in ("_parameters", "_buffers", "_modules"):
             if name in members.get(store, ()):
                 found = members[store][name]
-                if found is None or store != "_modules":
-                    self._require(place, "", f".{store}.get({name!r}) is {'' if found is None else 'not '}None")
+                self._require(place, "", f".{store}.get({name!r}) is {'' if found is None else 'not '}None")
+                if store == "_modules" and found is not None:
+                    self._child(place, name, found)
                 return
-        self._require(place, "not hasattr(", f", {name!r})")
+        try:
+            value = getattr(owner, name)  # by a __getattr__ of its own
+        except AttributeError:
+            self._require(place, "not hasattr(", f", {name!r})")
+        else:
+            self._value((place[0], f"{place[1]}.{name}"), value, is_stored=True)
+
+    def _child(self, place: Place, name: str, child: nn.Module) -> None:
+        """A child that is registered under two names is called by the first; its type may decide what is done."""
+        path = place[0] if not place[1] else None
+        own = self._places.get(id(child))
+        if own is None or path is None:
+            return
+        expression = f"._modules.get({name!r})"
+        if own[0] != (f"{path}.{name}" if path else name):
+            self._require(place, "", f"{expression} is self.get_submodule({own[0]!r})")
+        self.children[own[0]] = type(child).__name__
 
     def _place(self, owner: Any) -> Place | None:
         if id(owner) not in self._places:
@@ -178,16 +206,20 @@ class Reads:
         """Require that what stands in a place is the same, or watch what is read of it."""
         path, text = place
         base = next((kind for kind in (dict, list, tuple, set, frozenset) if isinstance(value, kind)), None)
-        if is_plain(value):
-            self._require(place, "", f" {'is' if value is None or isinstance(value, bool) else '=='} {value!r}")
+        if value is None or isinstance(value, bool):
+            self._require(place, "", f" is {value}")
+        elif is_plain(value):
+            self._require(place, "_dp_same(", f", {value!r})")
+        elif base is not None and getattr(value, "__dict__", None):
+            self.refuse(f"its forward reads a {type(value).__name__}, which may change")
         elif base is not None and is_plain(base(value)):
             self._require(place, "", f" == {base(value)!r}")
         elif isinstance(value, nn.Module):
             own = self._place(value)
-            if own is not None and text.endswith("]"):
+            if own is not None:  # no child of the owner, or it would not have been found like this
                 self._require(place, "", f" is self.get_submodule({own[0]!r})")
         elif isinstance(value, Tensor | ModuleType | property):
-            pass  # a tensor is part of the graph
+            pass  # a tensor is part of the graph, but for its shape
         elif (known := identity(value)) is not None:
             if is_stored:
                 self._require(place, "_dp_identity(", f") == {known!r}")
@@ -212,15 +244,22 @@ class Reads:
             if made_in_python:
                 namespace = {"__slots__": (), "__getattribute__": self._recorded(cls.__getattribute__)}
                 object.__setattr__(value, "__class__", type(cls.__name__, (cls,), namespace))
+                self._require(place, "_dp_identity(type(", f")) == {identity(cls)!r}")
                 self._places[id(value)] = place
                 self._watched.append((value, cls, members))
                 return
-            if is_plain(members):
+            if isinstance(value, SimpleNamespace) and is_plain(members):
                 self._require(place, "vars(", f") == {members!r}")
                 return
         except TypeError:
             pass
         self.refuse(f"its forward reads a {cls.__name__}, which may change")
+
+    def shape_of(self, tensor: Tensor) -> None:
+        """A shape that the forward has asked a parameter or buffer for is a number in the graph."""
+        place = self._tensors.get(id(tensor))
+        if place is not None:
+            self._require(place, "", f".shape == {tuple(tensor.shape)}")
 
     # --- calls ---
 
@@ -231,9 +270,9 @@ class Reads:
             with self.paused():
                 self._enter(frame)
         elif event == "c_call":
-            owner = getattr(arg, "__self__", None)
-            if arg in _STATES and not _module_of(frame).startswith("torch."):
-                self.refuse(f"its forward calls torch.{arg.__name__}")
+            owner, name = getattr(arg, "__self__", None), getattr(arg, "__name__", "")
+            if _STATE.match(name) and ("set" in name or not _module_of(frame).startswith("torch.")):
+                self.refuse(f"its forward calls torch.{name}")
             elif isinstance(owner, random.Random):
                 self.refuse("its forward depends on chance")
             elif isinstance(owner, type) and issubclass(owner, torch.autograd.Function):
@@ -261,6 +300,8 @@ class Reads:
             return
         self._codes.add(code)
         module = sys.modules.get(_module_of(frame))
+        if module is not None and vars(module) is not frame.f_globals:
+            module = None
         is_forward = code is getattr(type(self.root).forward, "__code__", None)
         closure: Any = type(self.root).forward.__closure__ if is_forward else None
         instructions = list(dis.get_instructions(code))
@@ -274,20 +315,40 @@ class Reads:
                 place, value = (None, f"_dp_modules[{module.__name__!r}].{name}"), getattr(module, name)
             elif instruction.opname == "LOAD_DEREF" and closure and name in code.co_freevars:
                 index = code.co_freevars.index(name)
-                place = None, f"original.forward.__closure__[{index}].cell_contents"
+                place = None, f"_dp_original.forward.__closure__[{index}].cell_contents"
                 value = closure[index].cell_contents
             else:
+                if instruction.opname == "LOAD_GLOBAL" and is_plain(frame.f_globals.get(name, _is_instance)):
+                    self.refuse(f"its forward reads {name} of a module that cannot be found by its name")
+                elif instruction.opname == "LOAD_DEREF" and name in code.co_freevars:
+                    value = frame.f_locals.get(name)
+                    if isinstance(value, dict | list) or (value is not None and _is_instance(value)):
+                        self.refuse(f"its forward reads {name} of a closure, which may change")
                 continue
+            owner: Any = None
             for following in instructions[i + 1 :]:
                 if not isinstance(value, ModuleType | type) or following.opname != "LOAD_ATTR":
                     break
                 if not hasattr(value, following.argval):
                     break
-                place, value = (None, f"{place[1]}.{following.argval}"), getattr(value, following.argval)
-            if is_plain(value):
+                owner, value = value, getattr(value, following.argval)
+                place = None, f"{place[1]}.{following.argval}"
+            if isinstance(owner, ModuleType) and not is_plain(value):
+                continue  # what a library defines
+            is_definition = callable(value) and getattr(value, "__name__", "") == place[1].rpartition(".")[2]
+            is_registry = isinstance(value, dict | list) and len(value) > _MANY
+            is_state = is_plain(value) or identity(value) is not None or isinstance(value, dict | list)
+            if not is_definition and not is_registry and (is_state or _is_instance(value)):
                 self._value(place, value, is_stored=True)
-            elif _is_instance(value):
-                self._watch(place, value)
+
+
+def _chance() -> tuple[Any, ...]:
+    """The states of the random number generators of Python and, where it is imported, of NumPy."""
+    numpy: Any = sys.modules.get("numpy")
+    if numpy is None:
+        return (random.getstate(),)
+    kind, keys, *rest = numpy.random.get_state()
+    return random.getstate(), kind, keys.tobytes(), rest
 
 
 def _module_of(frame: FrameType) -> str:
@@ -318,6 +379,8 @@ class _NoValues(TorchFunctionMode):
         if not self.reads.is_idle and args and isinstance(args[0], Tensor):
             if name in _VALUES:
                 self.reads.refuse("its forward depends on the values of a tensor")
+            if name in _SHAPES:
+                self.reads.shape_of(args[0])
             writes = (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "__iadd__", "__imul__")
             if writes and all(isinstance(argument, Tensor | int | float) for argument in args):
                 self.reads.refuse("its forward writes to a tensor of its own")

@@ -62,11 +62,23 @@ def identity(value: Any) -> tuple[Any, ...] | None:
     if isinstance(value, MethodType):
         return identity(value.__func__)
     if isinstance(value, FunctionType):
-        return value.__module__, value.__qualname__, value.__code__.co_firstlineno
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        bound = tuple(part if is_plain(part) else identity(part) for part in (*cells, *(value.__defaults__ or ())))
+        return value.__module__, value.__qualname__, value.__code__.co_firstlineno, bound
     if isinstance(value, functools.partial):
-        return identity(value.func), repr(value.args), repr(value.keywords)
+        is_known = is_plain(value.args) and is_plain(value.keywords)
+        return (identity(value.func), value.args, value.keywords) if is_known else None
     if isinstance(value, enum.Enum | torch.dtype | torch.device | torch.layout | torch.memory_format):
         return type(value).__name__, str(value)
     if callable(value) and hasattr(value, "__qualname__"):
         return value.__module__, value.__qualname__
     return None
+
+
+def is_plain(value: Any) -> bool:
+    """Whether the value can be written into source text, and compared there."""
+    if type(value) in (tuple, list, set, frozenset, torch.Size):
+        return all(map(is_plain, value))
+    if type(value) is dict:
+        return all(is_plain(key) and is_plain(part) for key, part in value.items())
+    return value is None or type(value) in (bool, int, float, str)

@@ -42,9 +42,8 @@ class Trace:
     parameters: dict[str, Any]  # of the forward, with the value in that call; in place of tensors their placeholders
     value: Callable[[fx.Node], Any]  # of a node in that call
     known: dict[fx.Node, Any]  # values that were computed before
-    consulted: set[
-        str
-    ]  # which of shape, dtype and device control flow, or an integer, depends on; not the batch's size
+    # Which of shape, dtype and device of tensors control flow, or an integer, depends on; the batch's size is none.
+    consulted: set[str]
     conditions: list[Condition]  # what else it depends on
     inlined: list[str] = field(default_factory=list)  # modules whose calls the graph does not show
     frozen: list[str] = field(default_factory=list)  # modules that must stay in evaluation mode
@@ -341,6 +340,10 @@ def trace_call(root: nn.Module, call: Call, inline: frozenset[nn.Module], *, fol
         tracer.inlined,
     )
     _erase_nothings(trace)
+    called = {*trace.inlined, *(node.target for node in graph.nodes if node.op == "call_module")}
+    for path, name in tracer.reads.children.items():
+        if path not in called:
+            trace.conditions.append(Condition(path, "type(", f").__name__ == {name!r}"))
     return trace
 
 
