@@ -33,7 +33,7 @@ def checked_drop_prob(drop_prob: float) -> float:
 
 def _as_float(drop_prob: object) -> float:
     shape, dtype = getattr(drop_prob, "shape", ()), str(getattr(drop_prob, "dtype", ""))
-    is_number = isinstance(drop_prob, numbers.Real | Decimal) or ("dtype" in dir(drop_prob) and "str" not in dtype)
+    is_number = isinstance(drop_prob, numbers.Real | Decimal) or hasattr(drop_prob, "dtype")
     if not is_number or len(shape) > 0 or "complex" in dtype or isinstance(drop_prob, str):
         what = f"a tensor of shape {list(shape)}" if len(shape) > 0 else repr(drop_prob)
         raise TypeError(f"drop_prob must be a number in [0, 1], but got {what}")

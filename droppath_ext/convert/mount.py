@@ -52,7 +52,6 @@ def own_forward(cls: Any) -> Any:
 
     So transformers checkpoints its layers.
     """
-
     if not hasattr(cls.forward, "__wrapped__"):
         return cls.forward
 
