@@ -1,18 +1,22 @@
 """Host microseconds per call on a tensor so small that nothing but the call itself takes time."""
 
+import copy
 import time
 
 import peers
 import torch
 from rich.progress import Progress
 from timing import ratio, summary, time_host
+from torch import nn
 from torch.utils.benchmark import Timer
-from workloads import OPS
+from workloads import AS_IS, CONVERT_LEVELS, OPS
 
-from droppath_ext import _C, DropPath, DropPathAdd, drop_path, drop_path_add
+from droppath_ext import _C, DropPath, DropPathAdd, convert, drop_path, drop_path_add
 
 SHAPE = (8, 4, 16)
+BLOCK_SHAPE = (4, 4, 64)
 DOUBLE = "x * 2"
+BLOCK = "ViT block"
 # Each call as a user writes it, since a wrapper would cost as much as what is measured. The first is the op's baseline.
 CALLS = {
     "drop_path": {
@@ -30,6 +34,8 @@ CALLS = {
         "drop_path_add": "drop_path_add(x, residual, 0.1, True, gamma=gamma)",
         "DropPathAdd": "DropPathAdd(x, residual)",
     },
+    # Of timm's ViT with LayerScale, of two heads.
+    BLOCK: {AS_IS: "as_is(tokens)", **{level: f"{level}(tokens)" for level in CONVERT_LEVELS}},
 }
 PASSES = {
     "forward, no graph": ("{call}", False),
@@ -61,17 +67,42 @@ def _names(op: str, requires_grad: bool, device: torch.device) -> dict[str, obje
     }
 
 
+def _block_names(requires_grad: bool, device: torch.device) -> dict[str, object]:
+    """What the calls of the block refer to: copies of one block that share its weights."""
+    from timm.models.vision_transformer import Block
+
+    tokens = torch.randn(BLOCK_SHAPE, device=device)
+    block = Block(BLOCK_SHAPE[-1], 2, qkv_bias=True, init_values=0.1, drop_path=0.1).to(device)
+    inputs = [tokens.requires_grad_(requires_grad), *block.requires_grad_(requires_grad).parameters()]
+
+    def converted(level: str) -> nn.Module:
+        other = copy.deepcopy(block, {id(weight): weight for weight in block.parameters()})
+        convert(other, level, example=tokens.detach(), min_drop_prob=0.0)
+        return other
+
+    return {
+        "tokens": tokens,
+        "as_is": block,
+        **{level: converted(level) for level in CONVERT_LEVELS},
+        "grad": torch.autograd.grad,
+        "inputs": inputs,
+        "g": torch.randn(BLOCK_SHAPE, device=device),
+    }
+
+
 def run(device: torch.device, quick: bool, progress: Progress) -> list[dict]:
     """One row for each op and pass: every call's time on one thread and its ratio to the op's baseline."""
     settle = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     rows = []
     task = progress.add_task("overhead", total=len(CALLS) * len(PASSES))
     for op, calls in CALLS.items():
+        if op == BLOCK and peers.LEFT_OUT:
+            continue
         calls = {name: call for name, call in calls.items() if name not in peers.LEFT_OUT}
         baseline = next(iter(calls))
         for pass_name, (template, requires_grad) in PASSES.items():
             progress.update(task, description=f"overhead of {op}: {pass_name}", refresh=True)
-            names = _names(op, requires_grad, device)
+            names = _block_names(requires_grad, device) if op == BLOCK else _names(op, requires_grad, device)
             # The bare clock: on CUDA the default one would wait for the device and so count its time as the host's.
             timers = {
                 name: Timer(template.format(call=call), globals=names, timer=time.perf_counter, num_threads=1)
@@ -82,7 +113,7 @@ def run(device: torch.device, quick: bool, progress: Progress) -> list[dict]:
                 {
                     "op": op,
                     "pass": pass_name,
-                    "shape": list(SHAPE),
+                    "shape": list(BLOCK_SHAPE if op == BLOCK else SHAPE),
                     "dtype": "float32",
                     "baseline": baseline,
                     "times_us": {name: summary(values) for name, values in samples.items()},

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from block_equality import Call, compare
 from conftest import (
     DTYPES,
     FUSED_ADD_DTYPES,
@@ -28,7 +29,7 @@ from conftest import (
     zero_dropped,
 )
 
-from droppath_ext import DropPath, DropPathAdd, StochasticDepth, drop_path, drop_path_add, stochastic_depth
+from droppath_ext import DropPath, DropPathAdd, StochasticDepth, convert, drop_path, drop_path_add, stochastic_depth
 
 if NO_CUDA_REASON:
     pytest.skip(f"every test on a GPU is left out: {NO_CUDA_REASON}", allow_module_level=True)
@@ -616,3 +617,62 @@ def test_skip_more_than_2_to_the_31_elements(shape):
         out = stochastic_depth(x, lambda rows: rows, 0.5, training=True)
         x.add_(keep[:, None], alpha=2)  # in place: another tensor of this size may not fit
         assert torch.equal(out, x)
+
+
+# --- convert ---
+
+CONVERTED = [
+    ("vit_tiny_patch16_224", {"img_size": 32, "depth": 2}),
+    ("swin_tiny_patch4_window7_224", {"img_size": 112, "depths": (1, 1, 2, 1)}),
+    ("convnext_atto", {"depths": (1, 1, 2, 1)}),
+    ("cait_xxs24_224", {"img_size": 32, "depth": 2}),
+    ("tf_efficientnetv2_b0", {}),
+]
+
+
+def _model(name, arguments):
+    timm = pytest.importorskip("timm", exc_type=ImportError)
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5, drop_path_rate=0.5, **arguments)
+    return model.to(DEVICE).train(), random_tensor((8, 3, *[arguments.get("img_size", 64)] * 2), device=DEVICE)
+
+
+@pytest.mark.parametrize(("name", "arguments"), CONVERTED, ids=[name for name, _ in CONVERTED])
+def test_converted_models_compute_what_they_did(name, arguments):
+    """float64, the same masks: outputs, gradients and buffers of keep, fuse and skip; the evaluation bit for bit."""
+    model, images = _model(name, arguments)
+    assert compare(Call("", model, (images,))).faults == []
+
+
+@pytest.mark.parametrize("level", ["keep", "fuse", "skip"])
+def test_converted_models_train_in_half_precision(level):
+    """Planned in the first step, under autocast; no site missed its plan."""
+    model, images = _model(*CONVERTED[0])
+    report = convert(model, level, min_drop_prob=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(30):
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = torch.nn.functional.cross_entropy(model(images), torch.arange(8, device=DEVICE) % 5)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    assert [(site.level, site.missed) for site in report.sites] == [(level, 0)] * len(report.sites)
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+def test_a_converted_model_replays_in_a_graph():
+    model, images = _model(*CONVERTED[0])
+    convert(model, "fuse", example=images)
+    graph, out = _capture(lambda: model(images).detach())
+    outs = []
+    for _ in range(4):
+        graph.replay()
+        outs.append(out.clone())
+    assert all(not torch.equal(outs[i], outs[j]) for i in range(4) for j in range(i))
+    before = torch.cuda.get_rng_state()
+    graph.replay()
+    replayed = out.clone()
+    torch.cuda.set_rng_state(before)
+    torch.testing.assert_close(model(images), replayed)

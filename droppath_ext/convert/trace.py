@@ -10,6 +10,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -348,10 +349,12 @@ def trace_call(root: nn.Module, call: Call, inline: frozenset[nn.Module], *, fol
 
 
 def _any_alive(proxies: list["weakref.ref[fx.Proxy]"]) -> bool:
-    if all(proxy() is None for proxy in proxies):
-        return False
-    gc.collect()
-    return any(proxy() is not None for proxy in proxies)
+    """Not counting those in cycles that nothing leads to; a collection of all that is old is seldom needed."""
+    for collect in (lambda: None, partial(gc.collect, 1), gc.collect):
+        collect()
+        if all(proxy() is None for proxy in proxies):
+            return False
+    return True
 
 
 def _erase_nothings(trace: Trace) -> None:
