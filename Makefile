@@ -30,8 +30,9 @@ export PYTHONPATH := $(CURDIR)
 bench: build
 	$(PYTHON) benchmarks/run.py $(BENCH_ARGS)
 
+# Two processes, whose threads do not spin while they wait for each other: they would starve those of the other.
 test: build
-	$(PYTHON) -m pytest $(TEST_ARGS)
+	OMP_WAIT_POLICY=passive $(PYTHON) -m pytest --numprocesses 2 $(TEST_ARGS)
 
 # timm's models under torch.fx and torch.jit.script: those whose name matches TIMM, "vit_*" say. All take hours.
 TIMM ?= *

@@ -78,6 +78,7 @@ STAGES: tuple[tuple[int, tuple[Part, ...]], ...] = (
             tests("layouts", "one_dimensional"),
             tests("fuse semantics errors", "native_drop_prob"),
             tests("skip random", "few_samples"),
+            tests("options routes", "sample_dimension"),
         ),
     ),
     # Tensors of 64 MiB and more, in the layouts that meet each kernel.

@@ -66,16 +66,18 @@ struct DropPathBackward final : SavingNode<DropPathBackward, 1> {
   static constexpr auto kName = "DropPathBackward";
 
   Saved keep;
+  Saved factor;
   double scale = 1;
 
   template <typename Self, typename F>
   static void for_members(Self& self, const F& f) {
     f(self.keep);
+    f(self.factor);
     f(self.scale);
   }
 
   variable_list differentiate(variable_list&& grads, const Needs& /*needs*/) {
-    return {grads[0].defined() ? scale_kept(grads[0], keep.get(), scale) : at::Tensor()};
+    return {grads[0].defined() ? scale_kept(grads[0], keep.get(), scale, factor.get_optional()) : at::Tensor()};
   }
 };
 
@@ -87,6 +89,7 @@ struct AddKeptBackward final : SavingNode<AddKeptBackward, 3> {
   Saved x;        // only for the gradient of gamma
   Saved gamma;    // for the gradient of x; that of gamma needs its shape and dtype, too
   Saved sources;  // of the gradient of x: the keep mask, or the index that undoes the one of x; not of an addition
+  Saved factor;
   double scale = 1;
   at::ScalarType dtype = at::kFloat;  // of x
   bool is_addition = false;           // and nothing else
@@ -96,13 +99,14 @@ struct AddKeptBackward final : SavingNode<AddKeptBackward, 3> {
     f(self.x);
     f(self.gamma);
     f(self.sources);
+    f(self.factor);
     f(self.scale);
     f(self.dtype);
     f(self.is_addition);
   }
 
   void save(const at::Tensor& x_input, const std::optional<at::Tensor>& gamma_input, const at::Tensor& sources_input,
-            double scale_input) {
+            double scale_input, const std::optional<at::Tensor>& factor_input = std::nullopt) {
     if (needs_graph(gamma_input)) {
       x = Saved(x_input);
     }
@@ -111,9 +115,12 @@ struct AddKeptBackward final : SavingNode<AddKeptBackward, 3> {
     }
     scale = scale_input;
     dtype = x_input.scalar_type();
-    is_addition = keeps_all(sources_input) && !gamma_input && scale == 1.0;
+    is_addition = keeps_all(sources_input) && !gamma_input && scale == 1.0 && !factor_input;
     if (!is_addition) {
       sources = Saved(sources_input);
+    }
+    if (factor_input) {
+      factor = Saved(*factor_input);
     }
   }
 
@@ -133,7 +140,7 @@ struct AddKeptBackward final : SavingNode<AddKeptBackward, 3> {
     } else if (needs_x || needs_gamma) {
       auto [grad_x, grad_gamma] =
           add_kept_backward(grad, needs_gamma ? x.get_optional() : std::nullopt, gamma.get_optional(), sources.get(),
-                            scale, dtype, {needs_x, needs_gamma});
+                            scale, dtype, {needs_x, needs_gamma}, factor.get_optional());
       result[kX] = needs_x ? std::move(grad_x) : at::Tensor();
       result[kGamma] = needs_gamma ? std::move(grad_gamma) : at::Tensor();
     }
@@ -240,21 +247,28 @@ std::tuple<at::Tensor, at::Tensor> drop_path_add_autograd(const at::Tensor& x, c
 
 // The ops of given sources are differentiated in ATen: right for any index, also one that names a sample twice.
 
-at::Tensor scale_kept_autograd(const at::Tensor& x, const at::Tensor& sources, double scale) {
+// x * scale * factor, of the dtype of x.
+at::Tensor scaled(const at::Tensor& x, double scale, const std::optional<at::Tensor>& factor) {
+  const at::Tensor product = at::mul(x, scale);
+  return factor ? at::mul(product, factor->to(x.scalar_type())) : product;
+}
+
+at::Tensor scale_kept_autograd(const at::Tensor& x, const at::Tensor& sources, double scale,
+                               const std::optional<at::Tensor>& factor) {
   if (is_differentiated(x)) {
     check_input(x, "x");
     check_sources(sources, x);
-    return at::mul(select_sources(x, sources), scale);
+    return scaled(select_sources(x, sources), scale, factor);
   }
   at::AutoDispatchBelowADInplaceOrView guard;
-  return scale_kept(x, sources, scale);
+  return scale_kept(x, sources, scale, factor);
 }
 
 at::Tensor add_kept_autograd(const at::Tensor& x, const at::Tensor& residual, const std::optional<at::Tensor>& gamma,
-                             const at::Tensor& sources, double scale) {
+                             const at::Tensor& sources, double scale, const std::optional<at::Tensor>& factor) {
   if (!is_differentiated(x, residual, gamma)) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return add_kept(x, residual, gamma, sources, scale);
+    return add_kept(x, residual, gamma, sources, scale, factor);
   }
   check_add_kept_inputs(x, residual, gamma, sources);
   const auto dtype = add_dtype(x, residual, gamma);
@@ -265,29 +279,31 @@ at::Tensor add_kept_autograd(const at::Tensor& x, const at::Tensor& residual, co
     branch = mask_sourceless(at::mul(branch, gamma->to(opmath)), sources, 0);
   }
   // Dropped samples are the residual bit for bit, a zero's sign included.
-  return mask_sourceless(at::add(residual.to(opmath), branch, scale).to(dtype), sources, residual.to(dtype));
+  const at::Tensor sum = at::add(residual.to(opmath), scaled(branch, scale, factor));
+  return mask_sourceless(sum.to(dtype), sources, residual.to(dtype));
 }
 
 std::tuple<at::Tensor, at::Tensor> add_kept_backward_autograd(const at::Tensor& grad,
                                                               const std::optional<at::Tensor>& x,
                                                               const std::optional<at::Tensor>& gamma,
                                                               const at::Tensor& sources, double scale,
-                                                              at::ScalarType dtype, std::array<bool, 2> output_mask) {
+                                                              at::ScalarType dtype, std::array<bool, 2> output_mask,
+                                                              const std::optional<at::Tensor>& factor) {
   if (!is_differentiated(grad, x, gamma)) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return add_kept_backward(grad, x, gamma, sources, scale, dtype, output_mask);
+    return add_kept_backward(grad, x, gamma, sources, scale, dtype, output_mask, factor);
   }
   check_backward_inputs(grad, x, gamma, sources, dtype, output_mask);
   const auto opmath = grad.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  const at::Tensor scaled = at::mul(select_sources(grad.to(opmath), sources), scale);
+  const at::Tensor scaled_grad = scaled(select_sources(grad.to(opmath), sources), scale, factor);
   const auto options = grad.options().dtype(dtype);
   at::Tensor grad_x = at::empty({0}, options);
   at::Tensor grad_gamma = at::empty({0}, options);
   if (output_mask[0]) {
-    grad_x = (gamma ? mask_sourceless(at::mul(scaled, gamma->to(opmath)), sources, 0) : scaled).to(dtype);
+    grad_x = (gamma ? mask_sourceless(at::mul(scaled_grad, gamma->to(opmath)), sources, 0) : scaled_grad).to(dtype);
   }
   if (output_mask[1]) {
-    const at::Tensor product = at::mul(scaled, mask_sourceless(x->to(opmath), sources, 0));
+    const at::Tensor product = at::mul(scaled_grad, mask_sourceless(x->to(opmath), sources, 0));
     grad_gamma = product.sum_to_size_symint(gamma->sym_sizes()).to(gamma->scalar_type());
   }
   return {std::move(grad_x), std::move(grad_gamma)};
@@ -318,20 +334,39 @@ at::Tensor gather(const at::Tensor& x, const at::Tensor& index, const at::Tensor
 
 }  // namespace
 
+at::Tensor scale_kept_by_mask(const at::Tensor& x, const at::Tensor& keep, double scale,
+                              const std::optional<at::Tensor>& factor) {
+  const auto node = make_node_if_needed<DropPathBackward>(x);
+  at::Tensor out = [&] {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return scale_kept(x, keep, scale, factor);
+  }();
+  if (node) {
+    node->keep = Saved(keep);
+    node->scale = scale;
+    if (factor) {
+      node->factor = Saved(*factor);
+    }
+    set_outputs(node, out);
+  }
+  return out;
+}
+
 std::tuple<at::Tensor, at::Tensor> gather_with_x(const at::Tensor& x, const at::Tensor& index,
                                                  const at::Tensor& inverse) {
   return gather_autograd(x, index, inverse, /*hands_through=*/true);
 }
 
 at::Tensor scatter_add(const at::Tensor& y, const at::Tensor& residual, const std::optional<at::Tensor>& gamma,
-                       const at::Tensor& slots, const at::Tensor& kept, double scale) {
+                       const at::Tensor& slots, const at::Tensor& kept, double scale,
+                       const std::optional<at::Tensor>& factor) {
   const auto node = make_node_if_needed<AddKeptBackward>(y, residual, gamma);
   at::Tensor out = [&] {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return add_kept(y, residual, gamma, slots, scale);
+    return add_kept(y, residual, gamma, slots, scale, factor);
   }();
   if (node) {
-    node->save(y, gamma, /*sources=*/kept, scale);
+    node->save(y, gamma, /*sources=*/kept, scale, factor);
     set_outputs(node, out);
   }
   return out;
@@ -340,7 +375,8 @@ at::Tensor scatter_add(const at::Tensor& y, const at::Tensor& residual, const st
 TORCH_LIBRARY_IMPL(droppath_ext, Autograd, m) {
   m.impl("drop_path", &drop_path_autograd);
   m.impl("drop_path_add", &drop_path_add_autograd);
-  m.impl("draw_fixed", torch::CppFunction::makeFallthrough());  // integers have no derivatives
+  m.impl("draw_keep", torch::CppFunction::makeFallthrough());  // a mask has no derivative, and a rate gets none
+  m.impl("draw_fixed", torch::CppFunction::makeFallthrough());
   m.impl("scale_kept", &scale_kept_autograd);
   m.impl("add_kept", &add_kept_autograd);
   m.impl("add_kept_backward", &add_kept_backward_autograd);

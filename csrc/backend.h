@@ -19,6 +19,8 @@ struct Sources {
   bool is_drawn = false;
   double drop_prob = 0;
   std::optional<at::Generator> generator = std::nullopt;
+  // Not on the CPU: the scale that a pass is given is multiplied by this, float64 [], if it is defined.
+  at::Tensor factor;
 
   bool is_index() const { return droppath_ext::is_index(tensor); }
   int64_t entries() const { return tensor.numel(); }
@@ -34,6 +36,9 @@ struct Backend {
   // grad[source] * x * scale over all dimensions but that of gamma, in a fixed order. grad_x is dense; x is not empty.
   void (*gamma_grad)(const at::Tensor& grad_x, bool writes_grad_x, const at::Tensor& grad_gamma, const at::Tensor& grad,
                      const at::Tensor& x, const at::Tensor& gamma, const Sources& sources, double scale);
+  // The two results of the op draw_keep.
+  void (*draw_keep)(const at::Tensor& keep, const at::Tensor& factor, const at::Tensor& drop_prob, bool scale_by_keep,
+                    const std::optional<at::Generator>& generator);
   // The two indices of the op draw_fixed.
   void (*draw_fixed)(const at::Tensor& slots, const at::Tensor& kept, const std::optional<at::Generator>& generator);
 };

@@ -31,6 +31,8 @@ constexpr bool kHasCuda = true;
 constexpr bool kHasCuda = false;
 #endif
 
+bool has_kernels(const at::Tensor& x) { return x.is_cpu() || (kHasCuda && x.is_cuda()); }
+
 // Whether the kernels serve x, here and now: plain strided CPU and CUDA tensors. The C++ autograd functions know
 // neither the transforms of torch.func nor forward-mode AD; subclasses and other devices have semantics of their own.
 bool uses_fused_path(py::handle x) {
@@ -39,8 +41,8 @@ bool uses_fused_path(py::handle x) {
     return false;
   }
   const at::Tensor& tensor = THPVariable_Unpack(x.ptr());
-  return tensor.layout() == at::kStrided && !tensor.is_nested() && !tensor.is_quantized() &&
-         (tensor.is_cpu() || (kHasCuda && tensor.is_cuda())) && !tensor._fw_grad(/*level=*/0).defined();
+  return tensor.layout() == at::kStrided && !tensor.is_nested() && !tensor.is_quantized() && has_kernels(tensor) &&
+         !tensor._fw_grad(/*level=*/0).defined();
 }
 
 // Nothing where the composite path has to serve x: the check costs less inside this call than one of its own.
@@ -101,7 +103,7 @@ std::optional<std::tuple<at::Tensor, at::Tensor>> gather(py::handle x, const at:
 // Without slots and kept, y has all samples.
 std::optional<at::Tensor> scatter_add(py::handle y, py::handle residual, py::handle gamma,
                                       const std::optional<at::Tensor>& slots, const std::optional<at::Tensor>& kept,
-                                      double scale) {
+                                      double scale, const std::optional<at::Tensor>& factor) {
   const auto operands = fused_operands(y, residual, gamma);
   if (!operands) {
     return std::nullopt;
@@ -111,7 +113,51 @@ std::optional<at::Tensor> scatter_add(py::handle y, py::handle residual, py::han
     return index ? *index : droppath_ext::allocate({0}, at::kBool, operands->x);
   };
   return droppath_ext::scatter_add(operands->x, operands->residual, operands->gamma, sources(slots), sources(kept),
-                                   scale);
+                                   scale, factor);
+}
+
+// What is drawn knows of x only how many samples it has, and where: it is what it is at every level of torch.func.
+template <typename F>
+auto draw_for(const at::Tensor& x, const F& draw) {
+  py::gil_scoped_release no_gil;
+  const c10::impl::ExcludeDispatchKeyGuard guard(c10::DispatchKeySet{c10::DispatchKey::FuncTorchDynamicLayerFrontMode,
+                                                                     c10::DispatchKey::FuncTorchDynamicLayerBackMode});
+  return draw(at::empty_symint({x.sym_size(0)}, at::TensorOptions().dtype(at::kFloat).device(x.device())));
+}
+
+// The mask that drop_path would draw for x, where the composite path serves it; nothing where there is no kernel.
+std::optional<at::Tensor> draw_keep(const at::Tensor& x, double drop_prob, bool per_sample,
+                                    const std::optional<at::Generator>& generator) {
+  if (!has_kernels(x)) {
+    return std::nullopt;
+  }
+  return draw_for(x, [&](const at::Tensor& samples) {
+    return std::get<1>(droppath_ext::drop_path(samples, drop_prob, /*scale_by_keep=*/false, per_sample, generator));
+  });
+}
+
+// The same at a rate that only the device knows, and the scale that goes with it.
+std::optional<std::tuple<at::Tensor, at::Tensor>> draw_keep_at(const at::Tensor& x, const at::Tensor& drop_prob,
+                                                               bool scale_by_keep, bool per_sample,
+                                                               const std::optional<at::Generator>& generator) {
+  if (!has_kernels(x)) {
+    return std::nullopt;
+  }
+  return draw_for(x, [&](const at::Tensor& samples) {
+    return droppath_ext::draw_keep(samples, drop_prob, scale_by_keep, per_sample, generator);
+  });
+}
+
+// x where it is kept, times scale.
+std::optional<at::Tensor> scale_kept(py::handle x, py::handle keep, double scale,
+                                     const std::optional<at::Tensor>& factor) {
+  if (!uses_fused_path(x) || !uses_fused_path(keep)) {
+    return std::nullopt;
+  }
+  const at::Tensor& tensor = THPVariable_Unpack(x.ptr());
+  const at::Tensor& mask = THPVariable_Unpack(keep.ptr());
+  py::gil_scoped_release no_gil;
+  return droppath_ext::scale_kept_by_mask(tensor, mask, scale, factor);
 }
 
 std::tuple<at::Tensor, at::Tensor, int64_t> draw_bernoulli(int64_t size, double drop_prob, at::Device device,
@@ -121,10 +167,24 @@ std::tuple<at::Tensor, at::Tensor, int64_t> draw_bernoulli(int64_t size, double 
   return droppath_ext::draw_bernoulli(size, drop_prob, device, generator);
 }
 
-std::tuple<at::Tensor, at::Tensor> draw_fixed(const at::Tensor& x, int64_t count,
-                                              const std::optional<at::Generator>& generator) {
+std::tuple<at::Tensor, at::Tensor, int64_t> index_kept(const at::Tensor& keep, at::Device device) {
   py::gil_scoped_release no_gil;
-  return droppath_ext::draw_fixed(x, count, generator);
+  return droppath_ext::index_kept(keep, device);
+}
+
+// The samples that "fixed" keeps; nothing where there is no kernel.
+std::optional<std::tuple<at::Tensor, at::Tensor>> draw_fixed(py::handle x, int64_t count,
+                                                             const std::optional<at::Generator>& generator) {
+  const at::Tensor& tensor = THPVariable_Unpack(x.ptr());
+  if (uses_fused_path(x)) {
+    py::gil_scoped_release no_gil;
+    return droppath_ext::draw_fixed(tensor, count, generator);
+  }
+  if (!has_kernels(tensor)) {
+    return std::nullopt;
+  }
+  return draw_for(tensor,
+                  [&](const at::Tensor& samples) { return droppath_ext::draw_fixed(samples, count, generator); });
 }
 
 // What drop_path and draw_fixed draw with this state of the generator.
@@ -160,9 +220,15 @@ PYBIND11_MODULE(_C, m) {
         py::arg("generator") = py::none());
   m.def("drop_path_add", &drop_path_add, py::arg("x"), py::arg("residual"), py::arg("gamma"), py::arg("drop_prob"),
         py::arg("scale_by_keep"), py::arg("per_sample"), py::arg("generator") = py::none());
+  m.def("draw_keep", &draw_keep, py::arg("x"), py::arg("drop_prob"), py::arg("per_sample"),
+        py::arg("generator") = py::none());
+  m.def("draw_keep_at", &draw_keep_at, py::arg("x"), py::arg("drop_prob"), py::arg("scale_by_keep"),
+        py::arg("per_sample"), py::arg("generator") = py::none());
+  m.def("scale_kept", &scale_kept, py::arg("x"), py::arg("keep"), py::arg("scale"), py::arg("factor") = py::none());
+  m.def("index_kept", &index_kept, py::arg("keep"), py::arg("device"));
   m.def("gather", &gather, py::arg("x"), py::arg("index"), py::arg("inverse"));
   m.def("scatter_add", &scatter_add, py::arg("y"), py::arg("residual"), py::arg("gamma"), py::arg("slots"),
-        py::arg("kept"), py::arg("scale"));
+        py::arg("kept"), py::arg("scale"), py::arg("factor") = py::none());
   m.def("add_kept_", &droppath_ext::add_kept_, py::arg("residual"), py::arg("x"), py::arg("slots"));
   m.def("draw_bernoulli", &draw_bernoulli, py::arg("size"), py::arg("drop_prob"), py::arg("device"),
         py::arg("generator") = py::none());

@@ -71,6 +71,20 @@ void check_drawn_from(const at::Tensor& x) {
   TORCH_CHECK_VALUE(x.dim() > 0, "x must have at least one dimension, the samples, but got a 0-dim tensor");
 }
 
+void check_rate(const at::Tensor& drop_prob, const at::Tensor& x) {
+  TORCH_CHECK_VALUE(drop_prob.dim() == 0, "drop_prob must have no dimension, but got shape ", drop_prob.sym_sizes());
+  TORCH_CHECK_TYPE(drop_prob.scalar_type() == at::kFloat || drop_prob.scalar_type() == at::kDouble,
+                   "drop_prob must be float32 or float64, but got ", c10::getDtypeNames(drop_prob.scalar_type()).first);
+  check_device(drop_prob, "drop_prob", x);
+}
+
+void check_factor(const at::Tensor& factor, const at::Tensor& sources) {
+  TORCH_CHECK_VALUE(factor.dim() == 0, "factor must have no dimension, but got shape ", factor.sym_sizes());
+  TORCH_CHECK_TYPE(factor.scalar_type() == at::kDouble, "factor must be float64, but got ",
+                   c10::getDtypeNames(factor.scalar_type()).first);
+  check_device(factor, "factor", sources, "sources");
+}
+
 void check_count(const c10::SymInt& count, const c10::SymInt& samples) {
   TORCH_CHECK_VALUE(count >= 1 && count <= samples, "count must be between 1 and the ", samples,
                     " samples of x, but got ", count);
@@ -141,7 +155,10 @@ void check_backward_inputs(const at::Tensor& grad, const std::optional<at::Tenso
 
 bool is_fused_mix(const at::Tensor& x, const at::Tensor& residual, const std::optional<at::Tensor>& gamma) {
   const auto dtype = x.scalar_type();
-  return is_same_or_wider(residual.scalar_type(), dtype) && (!gamma || is_same_or_wider(gamma->scalar_type(), dtype));
+  return is_same_or_wider(residual.scalar_type(), dtype) &&
+         (!gamma || (is_same_or_wider(gamma->scalar_type(), dtype) &&
+                     // One without dimensions may be wider than the result.
+                     c10::promoteTypes(residual.scalar_type(), gamma->scalar_type()) == add_dtype(x, residual, gamma)));
 }
 
 }  // namespace droppath_ext

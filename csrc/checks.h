@@ -13,6 +13,9 @@ void check_input(const at::Tensor& x, const char* name);
 void check_drop_prob(double drop_prob);
 void check_count(const c10::SymInt& count, const c10::SymInt& samples);
 void check_drawn_from(const at::Tensor& x);
+// A rate and a factor that only the device knows.
+void check_rate(const at::Tensor& drop_prob, const at::Tensor& x);
+void check_factor(const at::Tensor& factor, const at::Tensor& sources);
 // For an input x: a keep mask of its samples, or an index of any length.
 void check_sources(const at::Tensor& sources, const at::Tensor& x);
 void check_add_inputs(const at::Tensor& x, const at::Tensor& residual, const std::optional<at::Tensor>& gamma);

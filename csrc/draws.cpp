@@ -58,6 +58,11 @@ std::tuple<at::Tensor, at::Tensor, int64_t> draw_bernoulli(int64_t size, double 
   const at::Tensor seed = at::empty({}, at::kLong).random_(INT64_MIN, /*to=*/std::nullopt, generator);
   const at::Tensor keep = at::detail::empty_cpu({size}, at::kBool);
   draw_keep_mask(keep, seed.item<int64_t>(), /*offset=*/0, drop_prob);
+  return index_kept(keep, device);
+}
+
+std::tuple<at::Tensor, at::Tensor, int64_t> index_kept(const at::Tensor& keep, at::Device device) {
+  const int64_t size = keep.numel();
   const auto* is_kept = keep.const_data_ptr<bool>();
   const int64_t count = std::count(is_kept, is_kept + size, true);
   const int64_t taken = std::max<int64_t>(count, 1);

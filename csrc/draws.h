@@ -15,10 +15,15 @@
 
 namespace droppath_ext {
 
+// A rate that nobody has checked; NaN drops nothing.
+C10_HOST_DEVICE inline double clamped_rate(double drop_prob) {
+  return drop_prob > 0.0 ? (drop_prob < 1.0 ? drop_prob : 1.0) : 0.0;
+}
+
 // A random 32-bit number r keeps its sample iff r < keep_prob * 2^32. Rounding up leaves that comparison of an
 // integer with a real unchanged, and 33 bits make drop_prob 0 (always) and 1 (never) exact.
-inline uint64_t keep_threshold(double drop_prob) {
-  return static_cast<uint64_t>(std::ceil(std::ldexp(1.0 - drop_prob, 32)));
+C10_HOST_DEVICE inline uint64_t keep_threshold(double drop_prob) {
+  return static_cast<uint64_t>(std::ceil((1.0 - drop_prob) * 4294967296.0));
 }
 
 // The generator counts its offset in 32-bit numbers, Philox in blocks of four: dividing keeps these draws apart from
@@ -45,9 +50,12 @@ C10_HOST_DEVICE inline uint64_t draw_key(uint64_t seed, uint64_t offset, uint64_
 void draw_keep_mask(const at::Tensor& keep, uint64_t seed, uint64_t offset, double drop_prob);
 void draw_fixed(const at::Tensor& slots, const at::Tensor& kept, uint64_t seed, uint64_t offset);
 
-// Independent draws on the host, so that the number of kept samples, the last result, is known at once: the place of
-// each sample among the kept ones, -1 if it is dropped, [size]; and the kept ones, or -1 if there is none,
-// [max(kept, 1)]. int64, on the device.
+// What a keep mask on the CPU, [samples], says, the number of kept samples last: the place of each sample among the
+// kept ones, -1 if it is dropped, [samples]; and the kept ones, or -1 if there is none, [max(kept, 1)]. int64, on the
+// device.
+std::tuple<at::Tensor, at::Tensor, int64_t> index_kept(const at::Tensor& keep, at::Device device);
+
+// The same of independent draws on the host, so that the number is known at once.
 std::tuple<at::Tensor, at::Tensor, int64_t> draw_bernoulli(int64_t size, double drop_prob, at::Device device,
                                                            const std::optional<at::Generator>& generator);
 

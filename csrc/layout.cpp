@@ -106,11 +106,15 @@ Input with_rows(const at::Tensor& x, const at::Tensor& out, const Rows& rows, bo
 
 at::ScalarType add_dtype(const at::Tensor& x, const at::Tensor& residual, const std::optional<at::Tensor>& gamma) {
   const auto dtype = c10::promoteTypes(x.scalar_type(), residual.scalar_type());
-  return gamma ? c10::promoteTypes(dtype, gamma->scalar_type()) : dtype;
+  // As everywhere in torch, a tensor without dimensions widens nothing.
+  return gamma && gamma->dim() > 0 ? c10::promoteTypes(dtype, gamma->scalar_type()) : dtype;
 }
 
-int64_t gamma_dim(const at::Tensor& x, const at::Tensor& gamma) {
+std::optional<int64_t> gamma_dim(const at::Tensor& x, const at::Tensor& gamma) {
   const int64_t first = x.dim() - gamma.dim();
+  if (first >= 0 && gamma.sym_numel() == 1) {
+    return std::nullopt;
+  }
   const auto is_only_long_dim = [&](int64_t dim) {
     for (int64_t other = first; other < x.dim(); ++other) {
       if (gamma.sym_size(other - first) != (other == dim ? x.sym_size(dim) : c10::SymInt(1))) {
@@ -124,13 +128,18 @@ int64_t gamma_dim(const at::Tensor& x, const at::Tensor& gamma) {
       return dim;
     }
   }
-  TORCH_CHECK_VALUE(false, "gamma must broadcast along one dim of a sample, as [D] or [C, 1, 1] do, but got shape ",
+  TORCH_CHECK_VALUE(false,
+                    "gamma must broadcast along one dim of a sample, as [D] or [C, 1, 1] do, or have one element, but "
+                    "got shape ",
                     gamma.sym_sizes(), " for x of shape ", x.sym_sizes());
 }
 
 Channels find_channels(const at::Tensor& out, const at::Tensor& gamma) {
-  const int64_t dim = gamma_dim(out, gamma);
-  return {out.size(dim) == 1 ? 1 : out.stride(dim), out.size(dim)};
+  const auto dim = gamma_dim(out, gamma);
+  if (!dim) {  // one channel, as long as a row
+    return {out.size(0) == 1 ? out.numel() : out.stride(0), 1};
+  }
+  return {out.stride(*dim), out.size(*dim)};
 }
 
 }  // namespace droppath_ext

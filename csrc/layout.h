@@ -3,6 +3,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <optional>
+
 #include "rows.h"
 
 namespace droppath_ext {
@@ -36,8 +38,8 @@ Input with_rows(const at::Tensor& x, const at::Tensor& out, const Rows& rows, bo
 // The dtype of residual + gamma * x.
 at::ScalarType add_dtype(const at::Tensor& x, const at::Tensor& residual, const std::optional<at::Tensor>& gamma);
 
-// The dimension of x along which gamma has entries.
-int64_t gamma_dim(const at::Tensor& x, const at::Tensor& gamma);
+// The dimension of x along which gamma has entries; nothing if it has but one.
+std::optional<int64_t> gamma_dim(const at::Tensor& x, const at::Tensor& gamma);
 Channels find_channels(const at::Tensor& out, const at::Tensor& gamma);
 
 }  // namespace droppath_ext

@@ -66,20 +66,49 @@ std::tuple<at::Tensor, at::Tensor> draw_fixed_op(const at::Tensor& x, c10::SymIn
   return {std::move(slots), std::move(kept)};
 }
 
-at::Tensor scale_kept_op(const at::Tensor& x, const at::Tensor& sources, double scale) {
+std::tuple<at::Tensor, at::Tensor> draw_keep_op(const at::Tensor& x, const at::Tensor& drop_prob, bool scale_by_keep,
+                                                bool per_sample, const std::optional<at::Generator>& generator) {
+  check_drawn_from(x);
+  check_rate(drop_prob, x);
+  at::Tensor keep = allocate({per_sample ? x.sym_size(0) : c10::SymInt(1)}, at::kBool, x);
+  at::Tensor factor = allocate({}, at::kDouble, x);
+  if (!keep.is_meta()) {
+    backend_of(keep.device().type()).draw_keep(keep, factor, drop_prob, scale_by_keep, generator);
+  }
+  return {std::move(keep), std::move(factor)};
+}
+
+// The host knows a factor on the CPU; that of another device goes to the kernel.
+Sources given_sources(const at::Tensor& sources, const std::optional<at::Tensor>& factor, double& scale) {
+  Sources given{sources.contiguous()};
+  if (factor) {
+    check_factor(*factor, sources);
+    if (factor->is_cpu()) {
+      scale *= factor->item<double>();
+    } else {
+      given.factor = *factor;
+    }
+  }
+  return given;
+}
+
+at::Tensor scale_kept_op(const at::Tensor& x, const at::Tensor& sources, double scale,
+                         const std::optional<at::Tensor>& factor) {
   check_input(x, "x");
   check_sources(sources, x);
+  const Sources given = given_sources(sources, factor, scale);
   at::Tensor out =
       is_index(sources) ? allocate_samples(x, sources.sym_size(0), x.scalar_type()) : allocate_like(x, x.scalar_type());
-  run_add_kept(out, std::nullopt, x, std::nullopt, {sources.contiguous()}, scale);
+  run_add_kept(out, std::nullopt, x, std::nullopt, given, scale);
   return out;
 }
 
 at::Tensor add_kept_op(const at::Tensor& x, const at::Tensor& residual, const std::optional<at::Tensor>& gamma,
-                       const at::Tensor& sources, double scale) {
+                       const at::Tensor& sources, double scale, const std::optional<at::Tensor>& factor) {
   check_add_kept_inputs(x, residual, gamma, sources);
+  const Sources given = given_sources(sources, factor, scale);
   at::Tensor out = allocate_like(residual, add_dtype(x, residual, gamma));
-  run_add_kept(out, residual, x, gamma, {sources.contiguous()}, scale);
+  run_add_kept(out, residual, x, gamma, given, scale);
   return out;
 }
 
@@ -87,7 +116,8 @@ std::tuple<at::Tensor, at::Tensor> add_kept_backward_op(const at::Tensor& given_
                                                         const std::optional<at::Tensor>& x,
                                                         const std::optional<at::Tensor>& gamma,
                                                         const at::Tensor& sources, double scale, at::ScalarType dtype,
-                                                        std::array<bool, 2> output_mask) {
+                                                        std::array<bool, 2> output_mask,
+                                                        const std::optional<at::Tensor>& factor) {
   check_backward_inputs(given_grad, x, gamma, sources, dtype, output_mask);
   // A wider gamma makes a wider output, whose gradient this is; whoever calls the op may give another one.
   const at::Tensor grad = gamma && gamma->scalar_type() != dtype ? given_grad.to(gamma->scalar_type()) : given_grad;
@@ -100,17 +130,17 @@ std::tuple<at::Tensor, at::Tensor> add_kept_backward_op(const at::Tensor& given_
   if (grad.is_meta()) {
     return {std::move(grad_x), std::move(grad_gamma)};
   }
-  const Sources dense_sources{sources.contiguous()};
+  const Sources given = given_sources(sources, factor, scale);
   if (needs_gamma && x->numel() != 0) {
     const at::Tensor layout = needs_x ? grad_x : dense_layout_of(is_index(sources) ? *x : grad);
-    backend_of(grad.device().type()).gamma_grad(layout, needs_x, grad_gamma, grad, *x, *gamma, dense_sources, scale);
+    backend_of(grad.device().type()).gamma_grad(layout, needs_x, grad_gamma, grad, *x, *gamma, given, scale);
     return {std::move(grad_x), std::move(grad_gamma)};
   }
   if (needs_gamma) {
     grad_gamma.zero_();
   }
   if (needs_x) {
-    run_add_kept(grad_x, std::nullopt, grad, gamma, dense_sources, scale);
+    run_add_kept(grad_x, std::nullopt, grad, gamma, given, scale);
   }
   return {std::move(grad_x), std::move(grad_gamma)};
 }
@@ -118,6 +148,7 @@ std::tuple<at::Tensor, at::Tensor> add_kept_backward_op(const at::Tensor& given_
 void register_ops(torch::Library& m) {
   m.impl("drop_path", &drop_path_op);
   m.impl("drop_path_add", &drop_path_add_op);
+  m.impl("draw_keep", &draw_keep_op);
   m.impl("draw_fixed", &draw_fixed_op);
   m.impl("scale_kept", &scale_kept_op);
   m.impl("add_kept", &add_kept_op);
@@ -172,23 +203,31 @@ std::tuple<at::Tensor, at::Tensor> draw_fixed(const at::Tensor& x, c10::SymInt c
   return op.call(x, std::move(count), generator);
 }
 
-at::Tensor scale_kept(const at::Tensor& x, const at::Tensor& sources, double scale) {
+std::tuple<at::Tensor, at::Tensor> draw_keep(const at::Tensor& x, const at::Tensor& drop_prob, bool scale_by_keep,
+                                             bool per_sample, const std::optional<at::Generator>& generator) {
+  static const auto op = find_op<decltype(draw_keep)>("droppath_ext::draw_keep");
+  return op.call(x, drop_prob, scale_by_keep, per_sample, generator);
+}
+
+at::Tensor scale_kept(const at::Tensor& x, const at::Tensor& sources, double scale,
+                      const std::optional<at::Tensor>& factor) {
   static const auto op = find_op<decltype(scale_kept)>("droppath_ext::scale_kept");
-  return op.call(x, sources, scale);
+  return op.call(x, sources, scale, factor);
 }
 
 at::Tensor add_kept(const at::Tensor& x, const at::Tensor& residual, const std::optional<at::Tensor>& gamma,
-                    const at::Tensor& sources, double scale) {
+                    const at::Tensor& sources, double scale, const std::optional<at::Tensor>& factor) {
   static const auto op = find_op<decltype(add_kept)>("droppath_ext::add_kept");
-  return op.call(x, residual, gamma, sources, scale);
+  return op.call(x, residual, gamma, sources, scale, factor);
 }
 
 std::tuple<at::Tensor, at::Tensor> add_kept_backward(const at::Tensor& grad, const std::optional<at::Tensor>& x,
                                                      const std::optional<at::Tensor>& gamma, const at::Tensor& sources,
                                                      double scale, at::ScalarType dtype,
-                                                     std::array<bool, 2> output_mask) {
+                                                     std::array<bool, 2> output_mask,
+                                                     const std::optional<at::Tensor>& factor) {
   static const auto op = find_op<decltype(add_kept_backward)>("droppath_ext::add_kept_backward");
-  return op.call(grad, x, gamma, sources, scale, dtype, output_mask);
+  return op.call(grad, x, gamma, sources, scale, dtype, output_mask, factor);
 }
 
 }  // namespace droppath_ext

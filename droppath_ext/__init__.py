@@ -1,7 +1,7 @@
 """Stochastic depth (DropPath) for PyTorch as fast as the hardware allows."""
 
 from .convert import convert, drop_path_rates, restore, set_drop_path_rate
-from .functional import drop_path, drop_path_add, stochastic_depth
+from .functional import draw_keep, drop_path, drop_path_add, stochastic_depth
 from .modules import DropPath, DropPathAdd, StochasticDepth
 from .patch import patch_timm
 from .version import __version__
@@ -12,6 +12,7 @@ __all__ = [
     "StochasticDepth",
     "__version__",
     "convert",
+    "draw_keep",
     "drop_path",
     "drop_path_add",
     "drop_path_rates",

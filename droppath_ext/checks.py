@@ -3,6 +3,7 @@
 The native ops check what reaches them in the same words.
 """
 
+import inspect
 import numbers
 import re
 import sys
@@ -23,21 +24,63 @@ SAMPLINGS = ("bernoulli", "fixed")
 warnings.filterwarnings("ignore", category=TracerWarning, module=re.escape(__name__))
 
 
-def checked_drop_prob(drop_prob: float) -> float:
-    """``drop_prob`` as a float. Raise unless it is a number in [0, 1]: a Python or NumPy one, or a 0-dim tensor."""
-    p = drop_prob if type(drop_prob) is float else _as_float(drop_prob)
+def checked_drop_prob(drop_prob: float | Tensor) -> float | Tensor:
+    """``drop_prob`` as a float, or as it is if it is a 0-dim tensor, whose value only the device may know.
+
+    Raise unless it is a number in [0, 1], a Python or NumPy one, or such a tensor.
+    """
+    if type(drop_prob) is float:
+        p = drop_prob
+    else:
+        _check_number(drop_prob)
+        if isinstance(drop_prob, Tensor):
+            return drop_prob
+        p = float(drop_prob)
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"drop_prob must be in [0, 1], but got {drop_prob!r}")
     return p
 
 
-def _as_float(drop_prob: object) -> float:
+def checked_host_drop_prob(drop_prob: float | Tensor, function: str) -> float:
+    """``drop_prob`` as a float, where the host needs its value: of tensors only those on the CPU have one there."""
+    p = checked_drop_prob(drop_prob)
+    if isinstance(p, float):
+        return p
+    if is_compiling() or not p.is_cpu:
+        where = "inside a compiled function" if is_compiling() else f"on {p.device}"
+        raise TypeError(
+            f"drop_prob of {function} must be a number, for the host needs it, but got a tensor {where}: "
+            "pass float(drop_prob)"
+        )
+    return float(checked_drop_prob(p.item()))
+
+
+def _check_number(drop_prob: object) -> None:
     shape, dtype = getattr(drop_prob, "shape", ()), str(getattr(drop_prob, "dtype", ""))
     is_number = isinstance(drop_prob, numbers.Real | Decimal) or hasattr(drop_prob, "dtype")
     if not is_number or len(shape) > 0 or "complex" in dtype or isinstance(drop_prob, str):
         what = f"a tensor of shape {list(shape)}" if len(shape) > 0 else repr(drop_prob)
         raise TypeError(f"drop_prob must be a number in [0, 1], but got {what}")
-    return float(drop_prob)  # type: ignore[arg-type]
+
+
+def check_dim(dim: int, x: Tensor) -> None:
+    """Raise unless ``dim`` is a dimension of x."""
+    if not isinstance(dim, int) or isinstance(dim, bool):
+        raise TypeError(f"dim must be an int, but got {dim!r}")
+    if not -x.ndim <= dim < x.ndim:
+        raise ValueError(f"dim must be a dimension of x, of which there are {x.ndim}, but got {dim}")
+
+
+def check_keep(keep: Tensor, size: int, generator: Generator | None) -> None:
+    """Raise unless ``keep`` is a mask of ``size`` samples, and takes the place of a draw."""
+    if not isinstance(keep, Tensor):
+        raise TypeError(f"keep must be a Tensor, but got {type(keep).__name__}")
+    if keep.dtype is not torch.bool:
+        raise TypeError(f"keep must be bool, but got {str(keep.dtype).removeprefix('torch.')}")
+    if keep.shape not in ((size,), (1,)):
+        raise ValueError(f"keep must have an entry for each of the {size} samples, or one, but got {list(keep.shape)}")
+    if generator is not None:
+        raise ValueError("keep and generator exclude each other: with keep nothing is drawn")
 
 
 def check_mode(mode: str) -> None:
@@ -88,11 +131,16 @@ def check_gamma(gamma: Tensor, x: Tensor) -> None:
     """Raise unless gamma can be multiplied with each sample of x."""
     check_dtype(gamma, "gamma")
     check_device(gamma, "gamma", x)
+    if not is_compiling() and is_dtensor(x) and not is_dtensor(gamma):
+        raise TypeError(
+            "gamma must be a DTensor, for x is one, but got a plain tensor: "
+            "torch.distributed.tensor.distribute_tensor(gamma, x.device_mesh) makes it one"
+        )
     check_gamma_shape(gamma, x)
 
 
 def check_gamma_shape(gamma: Tensor, x: Tensor) -> None:
-    """Raise unless gamma has an entry for each index of one dimension of a sample of x, and size 1 elsewhere.
+    """Raise unless gamma has one element, or one for each index of one dimension of a sample of x and size 1 elsewhere.
 
     Also compiled by torch.jit.script, hence the loops.
     """
@@ -101,14 +149,13 @@ def check_gamma_shape(gamma: Tensor, x: Tensor) -> None:
     for size in gamma.shape:
         if size != 1:
             long += 1
-    fits = False
+    fits = long == 0
     for dim, size in enumerate(gamma.shape):
-        alone = long == 0 or (long == 1 and size != 1)
-        if alone and first + dim > 0 and size == x.shape[first + dim]:
+        if long == 1 and size != 1 and first + dim > 0 and size == x.shape[first + dim]:
             fits = True
     if first < 0 or not fits:
         raise ValueError(
-            "gamma must broadcast along one dim of a sample, as [D] or [C, 1, 1] do, "
+            "gamma must broadcast along one dim of a sample, as [D] or [C, 1, 1] do, or have one element, "
             f"but got shape {list(gamma.shape)} for x of shape {list(x.shape)}"
         )
 
@@ -127,28 +174,52 @@ def check_add_inputs(x: Tensor, residual: Tensor, gamma: Tensor | None) -> None:
         check_gamma(gamma, x)
 
 
+def is_dtensor(x: Tensor) -> bool:
+    """Whether x is a DTensor. Nobody has one before its module is loaded, which takes a while."""
+    distributed = sys.modules.get("torch.distributed.tensor")
+    return distributed is not None and isinstance(x, distributed.DTensor)
+
+
 def check_gatherable(x: Tensor) -> None:
     """Raise unless samples of x can be gathered."""
-    check_input(x)
     if x.is_nested:
         raise TypeError("x must not be a nested tensor: its samples cannot be gathered")
-    # Nobody has a DTensor before its module is loaded, which takes a while.
-    distributed = None if is_compiling() else sys.modules.get("torch.distributed.tensor")
-    if distributed is not None and isinstance(x, distributed.DTensor):
+    if not is_compiling() and is_dtensor(x):
         raise TypeError("x must not be a DTensor: its samples cannot be gathered; use x.to_local()")
 
 
-def check_batched(batched: Sequence[Tensor], x: Tensor) -> None:
-    """Raise unless ``batched`` holds tensors with the samples of x, where x is."""
+def check_batched(batched: Sequence[Tensor | None], x: Tensor, dim: int = 0) -> None:
+    """Raise unless ``batched`` holds tensors with the samples of x along ``dim``, where x is, or None."""
     if isinstance(batched, Tensor) or not isinstance(batched, Sequence):
         raise TypeError(f"batched must be a sequence of tensors, but got {type(batched).__name__}")
     for i, tensor in enumerate(batched):
         name = f"batched[{i}]"
+        if tensor is None:
+            continue
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a Tensor, but got {type(tensor).__name__}")
-        if tensor.ndim == 0 or tensor.shape[0] != x.shape[0]:
-            raise ValueError(f"{name} must have the {x.shape[0]} samples of x, but got shape {list(tensor.shape)}")
+            raise TypeError(f"{name} must be a Tensor or None, but got {type(tensor).__name__}")
+        if not -tensor.ndim <= dim < tensor.ndim or tensor.shape[dim] != x.shape[dim]:
+            along = f" along dim {dim}" if dim else ""
+            raise ValueError(
+                f"{name} must have the {x.shape[dim]} samples of x{along}, but got shape {list(tensor.shape)}"
+            )
         check_device(tensor, name, x)
+
+
+def check_not_recomputed(generator: Generator | None) -> None:
+    """Raise if a generator is given in what torch.utils.checkpoint will compute again: it would draw another mask."""
+    checkpoint = sys.modules.get("torch.utils.checkpoint")
+    if generator is None or checkpoint is None:
+        return
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_filename == checkpoint.__file__:
+            raise RuntimeError(
+                "generator must be None inside torch.utils.checkpoint, which keeps the state of the default generators "
+                "alone and would compute the backward with another mask: leave it out, or draw the mask outside and "
+                "pass it as keep"
+            )
+        frame = frame.f_back
 
 
 def check_generator(generator: Generator | None, sampling: str, x: Tensor) -> None:
@@ -169,6 +240,11 @@ def check_generator(generator: Generator | None, sampling: str, x: Tensor) -> No
 def check_output(y: Tensor, taken: Tensor) -> None:
     """Raise unless y, computed from ``taken``, can be added to it."""
     name = "the output of branch"
+    if isinstance(y, tuple | list):
+        raise TypeError(
+            f"{name} must be a Tensor, but got a {type(y).__name__} of {len(y)}: let branch return the one to add, as "
+            "lambda rows: attention(rows, rows, rows)[0] does"
+        )
     check_dtype(y, name)
     check_device(y, name, taken)
     if y.shape != taken.shape:

@@ -1,40 +1,66 @@
 """The functions of ``functional`` as modules: they store arguments and call."""
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from .checks import check_branch, check_mode, check_sampling, checked_drop_prob
+from .checks import check_branch, check_mode, check_sampling, checked_drop_prob, checked_host_drop_prob
 from .functional import drop_path, drop_path_add, stochastic_depth
 from .tracing import scripted_stochastic_depth
+
+
+def _set_drop_prob(module: "DropPath | DropPathAdd", drop_prob: float | Tensor) -> None:
+    """A number as an attribute; a tensor as a buffer, which moves and is saved with the module."""
+    drop_prob = checked_drop_prob(drop_prob)
+    if isinstance(drop_prob, Tensor):
+        module.register_buffer("drop_prob", drop_prob)
+    else:
+        module.drop_prob = drop_prob
+
+
+def _repr(drop_prob: float | Tensor, **options: object) -> str:
+    """The rate as timm shows it, and what differs from the default ("row", "bernoulli", 0)."""
+    if isinstance(drop_prob, Tensor) and not drop_prob.is_cpu:
+        shown = f"tensor on {drop_prob.device}"
+    else:
+        shown = f"{round(float(drop_prob), 3):0.3f}"
+    named = [f", {name}={value}" for name, value in options.items() if value not in ("row", "bernoulli", 0)]
+    return f"drop_prob={shown}{''.join(named)}"
 
 
 class DropPath(nn.Module):
     """``drop_path`` as a module, a drop-in for ``timm.layers.DropPath``: drops samples in training only.
 
     Args:
-        drop_prob: Probability in [0, 1] that a sample is dropped.
+        drop_prob: Probability in [0, 1] that a sample is dropped; a 0-dim tensor becomes a buffer.
         scale_by_keep: Scale kept samples by 1 / (1 - drop_prob).
         mode: "row" draws for each sample, "batch" once for the whole batch.
+        sample_dim: Which dim of x counts the samples.
 
     Shape:
         Input and output: [B, ...]; see :func:`droppath_ext.drop_path` for dtypes and errors.
     """
 
-    def __init__(self, drop_prob: float = 0.0, scale_by_keep: bool = True, mode: str = "row") -> None:
+    if TYPE_CHECKING:  # torch.jit.script would read it, and knows no such union
+        drop_prob: float | Tensor
+
+    def __init__(
+        self, drop_prob: float | Tensor = 0.0, scale_by_keep: bool = True, mode: str = "row", sample_dim: int = 0
+    ) -> None:
         check_mode(mode)
         super().__init__()
-        self.drop_prob = checked_drop_prob(drop_prob)
+        _set_drop_prob(self, drop_prob)
         self.scale_by_keep = scale_by_keep
         self.mode = mode
+        self.sample_dim = sample_dim
 
     def forward(self, x: Tensor) -> Tensor:
-        return drop_path(x, self.drop_prob, self.training, self.scale_by_keep, mode=self.mode)
+        return drop_path(x, self.drop_prob, self.training, self.scale_by_keep, mode=self.mode, dim=self.sample_dim)
 
     def extra_repr(self) -> str:
-        mode = "" if self.mode == "row" else f", mode={self.mode}"
-        return f"drop_prob={round(float(self.drop_prob), 3):0.3f}{mode}"
+        return _repr(self.drop_prob, mode=self.mode, sample_dim=self.sample_dim)
 
 
 class LayerScaled(nn.Module):
@@ -42,15 +68,25 @@ class LayerScaled(nn.Module):
 
     gamma: nn.Parameter | None
 
-    def __init__(self, dim: int | Sequence[int] | None, init_values: float | None) -> None:
+    def __init__(
+        self,
+        dim: int | Sequence[int] | None,
+        init_values: float | None,
+        channels_first: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
         if (dim is None) != (init_values is None):
             raise ValueError(f"dim and init_values go together, but got dim={dim} and init_values={init_values}")
+        if channels_first and not isinstance(dim, int):
+            raise ValueError(f"channels_first needs the number of channels as dim, but got dim={dim}")
         super().__init__()
         self.init_values = init_values
+        self.channels_first = channels_first
         if dim is None or init_values is None:
             self.register_parameter("gamma", None)
         else:
-            self.gamma = nn.Parameter(torch.empty(dim))
+            self.gamma = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
             self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -58,47 +94,76 @@ class LayerScaled(nn.Module):
         if self.gamma is not None and self.init_values is not None:
             nn.init.constant_(self.gamma, self.init_values)
 
+    def _gamma_of(self, x: Tensor) -> Tensor | None:
+        """gamma as it broadcasts against a sample of x."""
+        gamma = self.gamma
+        if gamma is not None and self.channels_first:
+            return gamma.view([-1] + [1] * (x.ndim - 2))
+        return gamma
+
     def extra_repr(self) -> str:
-        return "" if self.gamma is None else f", dim={list(self.gamma.shape)}, init_values={self.init_values}"
+        if self.gamma is None:
+            return ""
+        channels_first = ", channels_first=True" if self.channels_first else ""
+        return f", dim={list(self.gamma.shape)}, init_values={self.init_values}{channels_first}"
 
 
 class DropPathAdd(LayerScaled):
     """``drop_path_add`` as a module: the end of a residual block, with or without LayerScale.
 
     Args:
-        drop_prob: Probability in [0, 1] that a sample of the branch is dropped, in training.
+        drop_prob: Probability in [0, 1] that a sample of the branch is dropped, in training; a 0-dim tensor becomes a
+            buffer.
         scale_by_keep: Scale kept samples by 1 / (1 - drop_prob).
         mode: "row" draws for each sample, "batch" once for the whole batch.
-        dim: Shape of the parameter ``gamma``: D for the last dim of x, (C, 1, 1) for the channels of [B, C, H, W].
-            Needs ``init_values``. Default: no gamma.
+        dim: Shape of the parameter ``gamma``: D for the last dim of x, (C, 1, 1) for the channels of [B, C, H, W], ()
+            for one number. Needs ``init_values``. Default: no gamma.
         init_values: What gamma is filled with at first; 1e-5 in many models. Needs ``dim``.
+        channels_first: gamma is [C], as in timm's LayerScale2d, and belongs to dim 1 of x.
+        sample_dim: Which dim of x and residual counts the samples.
+        device: Where gamma is. Default: torch's.
+        dtype: That of gamma. Default: torch's.
 
     Shape:
         x, residual and output: [B, ...]; see :func:`droppath_ext.drop_path_add` for dtypes and errors.
     """
 
+    if TYPE_CHECKING:  # torch.jit.script would read it, and knows no such union
+        drop_prob: float | Tensor
+
     def __init__(
         self,
-        drop_prob: float = 0.0,
+        drop_prob: float | Tensor = 0.0,
         scale_by_keep: bool = True,
         mode: str = "row",
         dim: int | Sequence[int] | None = None,
         init_values: float | None = None,
+        channels_first: bool = False,
+        sample_dim: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         check_mode(mode)
-        super().__init__(dim, init_values)
-        self.drop_prob = checked_drop_prob(drop_prob)
+        super().__init__(dim, init_values, channels_first, device, dtype)
+        _set_drop_prob(self, drop_prob)
         self.scale_by_keep = scale_by_keep
         self.mode = mode
+        self.sample_dim = sample_dim
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         return drop_path_add(
-            x, residual, self.drop_prob, self.training, self.scale_by_keep, gamma=self.gamma, mode=self.mode
+            x,
+            residual,
+            self.drop_prob,
+            self.training,
+            self.scale_by_keep,
+            gamma=self._gamma_of(x),
+            mode=self.mode,
+            dim=self.sample_dim,
         )
 
     def extra_repr(self) -> str:
-        mode = "" if self.mode == "row" else f", mode={self.mode}"
-        return f"drop_prob={round(float(self.drop_prob), 3):0.3f}{mode}{super().extra_repr()}"
+        return f"{_repr(self.drop_prob, mode=self.mode, sample_dim=self.sample_dim)}{super().extra_repr()}"
 
 
 class StochasticDepth(LayerScaled):
@@ -108,10 +173,15 @@ class StochasticDepth(LayerScaled):
         branch: Computes f(x); a module is registered as ``branch``.
         drop_prob: Probability in [0, 1] that a sample is dropped, in training.
         scale_by_keep: Scale the branch of kept samples.
-        dim: Shape of the parameter ``gamma``: D for the last dim of x, (C, 1, 1) for the channels of [B, C, H, W].
-            Needs ``init_values``. Default: no gamma.
+        dim: Shape of the parameter ``gamma``: D for the last dim of x, (C, 1, 1) for the channels of [B, C, H, W], ()
+            for one number. Needs ``init_values``. Default: no gamma.
         init_values: What gamma is filled with at first; 1e-5 in many models. Needs ``dim``.
         sampling: "bernoulli" draws for each sample, "fixed" keeps the same number of samples in every call.
+        mode: "row" draws for each sample, "batch" once for the whole batch.
+        channels_first: gamma is [C], as in timm's LayerScale2d, and belongs to dim 1 of x.
+        sample_dim: Which dim of x, and of further tensors, counts the samples.
+        device: Where gamma is. Default: torch's.
+        dtype: That of gamma. Default: torch's.
 
     Shape:
         x and output: [B, ...]; ``forward(x, *batched)`` hands the kept samples of further tensors to the branch. See
@@ -126,30 +196,40 @@ class StochasticDepth(LayerScaled):
         dim: int | Sequence[int] | None = None,
         init_values: float | None = None,
         sampling: str = "bernoulli",
+        mode: str = "row",
+        channels_first: bool = False,
+        sample_dim: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         check_branch(branch)
         check_sampling(sampling)
-        super().__init__(dim, init_values)
+        check_mode(mode)
+        super().__init__(dim, init_values, channels_first, device, dtype)
         self.branch = branch
-        self.drop_prob = checked_drop_prob(drop_prob)
+        self.drop_prob = checked_host_drop_prob(drop_prob, "StochasticDepth")
         self.scale_by_keep = scale_by_keep
         self.sampling = sampling
+        self.mode = mode
+        self.sample_dim = sample_dim
 
     def __prepare_scriptable__(self) -> Callable[..., Tensor]:
         return scripted_stochastic_depth()  # torch.jit.script would complain about *batched
 
-    def forward(self, x: Tensor, *batched: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *batched: Tensor | None) -> Tensor:
         return stochastic_depth(
             x,
             self.branch,
             self.drop_prob,
             self.training,
             self.scale_by_keep,
-            gamma=self.gamma,
+            gamma=self._gamma_of(x),
             batched=batched,
             sampling=self.sampling,
+            mode=self.mode,
+            dim=self.sample_dim,
         )
 
     def extra_repr(self) -> str:
-        sampling = "" if self.sampling == "bernoulli" else f", sampling={self.sampling}"
-        return f"drop_prob={round(float(self.drop_prob), 3):0.3f}{sampling}{super().extra_repr()}"
+        options = _repr(self.drop_prob, sampling=self.sampling, mode=self.mode, sample_dim=self.sample_dim)
+        return f"{options}{super().extra_repr()}"

@@ -10,7 +10,10 @@ import torch
 from torch import Generator, Tensor
 from torch.compiler import is_compiling
 
-from .checks import check_add_inputs, check_input
+from ._native import _C
+from .checks import check_add_inputs, check_input, is_dtensor
+
+is_jit_tracing = torch._C._is_tracing  # torch.jit.is_tracing, which takes three times as long
 
 
 def keep_scale(drop_prob: float, scale_by_keep: bool) -> float:
@@ -18,15 +21,60 @@ def keep_scale(drop_prob: float, scale_by_keep: bool) -> float:
     return 1.0 / (1.0 - drop_prob) if scale_by_keep and drop_prob < 1.0 else 1.0
 
 
-def draw_keep_mask(x: Tensor, drop_prob: float, mode: str = "row", generator: Generator | None = None) -> Tensor:
-    """Draw which samples of x are kept: bool [B], or [1] if ``mode`` is "batch"."""
-    size = x.shape[0] if mode == "row" else 1
-    # new_empty keeps what x is, say a DTensor; nested tensors have none. float32: float16 is too coarse for some p.
-    like = x.values() if x.is_nested else x
-    draws = like.new_empty((size,), dtype=torch.float32)
+def rate_of(drop_prob: Tensor) -> Tensor:
+    """A rate that only its device knows, float32, or float64 if it is; it gets no gradient."""
+    return drop_prob.detach().to(torch.float64 if drop_prob.dtype is torch.float64 else torch.float32)
+
+
+def clamped(drop_prob: Tensor) -> Tensor:
+    """Such a rate in [0, 1]; NaN drops nothing."""
+    return rate_of(drop_prob).nan_to_num(nan=0.0).clamp(0.0, 1.0)
+
+
+def clamped_keep_scale(rate: Tensor, scale_by_keep: bool) -> Tensor:
+    """``keep_scale`` of such a rate."""
+    return torch.where(rate < 1.0, 1.0 / (1.0 - rate), 1.0) if scale_by_keep else torch.ones_like(rate)
+
+
+def draw_keep_mask(x: Tensor, drop_prob: float | Tensor, mode: str, generator: Generator | None) -> Tensor:
+    """Draw which samples of x are kept, in eager mode the same ones as the kernels; drop_prob, if a tensor, clamped."""
+    per_sample = mode == "row"
+    if isinstance(drop_prob, Tensor):
+        drawn = _C.draw_keep_at(x, drop_prob, False, per_sample, generator) if draws_natively(x) else None
+        return _draws(x, mode).uniform_(generator=generator) < 1.0 - drop_prob if drawn is None else drawn[0]
+    if draws_natively(x):
+        keep = _C.draw_keep(x, drop_prob, per_sample, generator)
+        if keep is not None:
+            return keep
+    return draw_keep_mask_in_aten(x, drop_prob, mode, generator)
+
+
+def draw_keep_mask_in_aten(
+    x: Tensor, drop_prob: float, mode: str = "row", generator: Generator | None = None
+) -> Tensor:
+    """Draw which samples of x are kept: bool [B], or [1] if ``mode`` is "batch". Also compiled by torch.jit.script."""
+    draws = _draws(x, mode)
     if is_compiling():  # a rate that bernoulli_ is given is a constant of the graph: another rate, another graph
         return draws.uniform_(generator=generator) < 1.0 - drop_prob
     return draws.bernoulli_(1.0 - drop_prob, generator=generator) != 0
+
+
+def draws_natively(x: Tensor) -> bool:
+    """Whether what is drawn for x may be what the kernels would draw, so that one seed gives one mask.
+
+    In a graph it may not: compilers merge two draws of one op. vmap says itself how often is drawn, a DTensor where.
+    """
+    if is_compiling() or is_jit_tracing() or is_dtensor(x):
+        return False
+    transforms = torch._C._functorch.get_interpreter_stack() or ()
+    return all(transform.key() != torch._C._functorch.TransformType.Vmap for transform in transforms)
+
+
+def _draws(x: Tensor, mode: str) -> Tensor:
+    size = x.shape[0] if mode == "row" else 1
+    # new_empty keeps what x is, say a DTensor; nested tensors have none. float32: float16 is too coarse for some p.
+    like = x.values() if x.is_nested else x
+    return like.new_empty((size,), dtype=torch.float32)
 
 
 def mask_dropped(x: Tensor, keep: Tensor, value: float) -> Tensor:
@@ -44,9 +92,9 @@ def apply_keep_mask(x: Tensor, keep: Tensor, scale: float) -> Tensor:
 
 def add_dtype(x: Tensor, residual: Tensor, gamma: Tensor | None) -> torch.dtype:
     """The dtype of residual + gamma * x."""
-    # No operand is 0-dimensional, so that their dtypes decide alone (and Dynamo cannot trace result_type).
+    # torch.result_type, which Dynamo cannot trace: a 0-dim tensor widens nothing.
     dtype = torch.promote_types(x.dtype, residual.dtype)
-    return dtype if gamma is None else torch.promote_types(dtype, gamma.dtype)
+    return dtype if gamma is None or gamma.ndim == 0 else torch.promote_types(dtype, gamma.dtype)
 
 
 def add_kept(x: Tensor, residual: Tensor, gamma: Tensor | None, keep: Tensor | None, scale: float) -> Tensor:
@@ -112,29 +160,57 @@ def scatter_add(
 
 def draw_fixed(x: Tensor, count: int, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
     """Draw ``count`` distinct samples of x: the slots int64 [B], and the samples, int64 [count], ascending."""
+    if not is_compiling() and (_C.uses_fused_path(x) or draws_natively(x)):
+        drawn = _C.draw_fixed(x, count, generator)
+        if drawn is not None:
+            return drawn
     size = x.shape[0]
     kept = torch.randperm(size, generator=generator, device=x.device)[:count].sort().values
     slots = torch.full((size,), -1, device=x.device)
     return slots.scatter(0, kept, torch.arange(count, device=x.device)), kept
 
 
-def drop_path(x: Tensor, drop_prob: float, scale_by_keep: bool, mode: str, generator: Generator | None) -> Tensor:
-    """``functional.drop_path`` in training; drop_prob and mode are valid."""
+def drop_path(
+    x: Tensor,
+    drop_prob: float | Tensor,
+    scale_by_keep: bool,
+    mode: str,
+    generator: Generator | None,
+    keep: Tensor | None = None,
+) -> Tensor:
+    """``functional.drop_path`` in training, of dim 0; the other arguments are valid."""
     check_input(x)
-    keep = draw_keep_mask(x, drop_prob, mode, generator)
-    return apply_keep_mask(x, keep, keep_scale(drop_prob, scale_by_keep))
+    if not isinstance(drop_prob, Tensor):
+        keep = draw_keep_mask(x, drop_prob, mode, generator) if keep is None else keep
+        return apply_keep_mask(x, keep, keep_scale(drop_prob, scale_by_keep))
+    rate = clamped(drop_prob)
+    keep = draw_keep_mask(x, rate, mode, generator) if keep is None else keep
+    return mask_dropped(_scaled(x, rate, scale_by_keep), keep, 0.0).to(x.dtype)
+
+
+def _scaled(x: Tensor, rate: Tensor, scale_by_keep: bool) -> Tensor:
+    """x times the scale, not rounded to the dtype of x."""
+    opmath = torch.float64 if x.dtype is torch.float64 else torch.float32
+    return x.to(opmath) * clamped_keep_scale(rate, scale_by_keep).to(opmath)
 
 
 def drop_path_add(
     x: Tensor,
     residual: Tensor,
-    drop_prob: float,
+    drop_prob: float | Tensor,
     scale_by_keep: bool,
     gamma: Tensor | None,
     mode: str,
     generator: Generator | None,
+    keep: Tensor | None = None,
 ) -> Tensor:
-    """``functional.drop_path_add``, without a mask if drop_prob is 0; drop_prob and mode are valid."""
+    """``functional.drop_path_add`` of dim 0, without a mask if drop_prob is 0; the other arguments are valid."""
     check_add_inputs(x, residual, gamma)
-    keep = draw_keep_mask(x, drop_prob, mode, generator) if drop_prob > 0.0 else None
-    return add_kept(x, residual, gamma, keep, keep_scale(drop_prob, scale_by_keep))
+    if not isinstance(drop_prob, Tensor):
+        if keep is None and drop_prob > 0.0:
+            keep = draw_keep_mask(x, drop_prob, mode, generator)
+        return add_kept(x, residual, gamma, keep, keep_scale(drop_prob, scale_by_keep))
+    rate = clamped(drop_prob)
+    keep = draw_keep_mask(x, rate, mode, generator) if keep is None else keep
+    scaled = _scaled(x, rate, scale_by_keep)
+    return add_kept(scaled, residual, gamma, keep, 1.0).to(add_dtype(x, residual, gamma))

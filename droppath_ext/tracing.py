@@ -12,8 +12,6 @@ from .checks import check_gamma_shape
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-is_jit_tracing = torch._C._is_tracing  # torch.jit.is_tracing, which takes three times as long
-
 
 def is_recorded(*tensors: Any) -> bool:
     """Whether one of the arguments stands for a tensor without being one, as a Proxy of torch.fx does.
@@ -74,15 +72,19 @@ def scripted_drop_path(
     training: bool = False,
     scale_by_keep: bool = True,
     mode: str = "row",
+    dim: int = 0,
+    keep: Tensor | None = None,
     generator: Generator | None = None,
 ) -> Tensor:
     """``functional.drop_path`` in TorchScript, which knows no keyword-only arguments: the composite path."""
     _check_scripted(drop_prob, mode)
-    if drop_prob == 0.0 or not training:
+    if not training or (drop_prob == 0.0 and keep is None):
         return x
     _check_scripted_input(x, "x")
-    keep = reference.draw_keep_mask(x, drop_prob, mode, generator)
-    return reference.apply_keep_mask(x, keep, reference.keep_scale(drop_prob, scale_by_keep))
+    x = x.movedim(dim, 0)
+    if keep is None:
+        keep = reference.draw_keep_mask_in_aten(x, drop_prob, mode, generator)
+    return reference.apply_keep_mask(x, keep, reference.keep_scale(drop_prob, scale_by_keep)).movedim(0, dim)
 
 
 def scripted_drop_path_add(
@@ -93,6 +95,8 @@ def scripted_drop_path_add(
     scale_by_keep: bool = True,
     gamma: Tensor | None = None,
     mode: str = "row",
+    dim: int = 0,
+    keep: Tensor | None = None,
     generator: Generator | None = None,
 ) -> Tensor:
     """``functional.drop_path_add`` in TorchScript: the composite path."""
@@ -104,10 +108,17 @@ def scripted_drop_path_add(
     if gamma is not None:
         _check_scripted_dtype(gamma, "gamma")
         check_gamma_shape(gamma, x)
+        if dim != 0:
+            gamma = gamma.reshape([1] * (x.ndim - gamma.ndim) + list(gamma.shape)).movedim(dim, 0)
+            check_gamma_shape(gamma, x.movedim(dim, 0))
+    x = x.movedim(dim, 0)
     if not training:
         drop_prob = 0.0
-    keep = reference.draw_keep_mask(x, drop_prob, mode, generator) if drop_prob > 0.0 else None
-    return reference.add_kept(x, residual, gamma, keep, reference.keep_scale(drop_prob, scale_by_keep))
+        keep = None
+    elif keep is None and drop_prob > 0.0:
+        keep = reference.draw_keep_mask_in_aten(x, drop_prob, mode, generator)
+    scale = reference.keep_scale(drop_prob, scale_by_keep)
+    return reference.add_kept(x, residual.movedim(dim, 0), gamma, keep, scale).movedim(0, dim)
 
 
 def scripted_stochastic_depth() -> NoReturn:

@@ -421,17 +421,22 @@ def test_add_signature_is_drop_paths_with_a_residual():
     parameters = list(inspect.signature(drop_path_add).parameters.values())
     expected = list(inspect.signature(drop_path).parameters.values())
     names = [parameter.name for parameter in parameters]
-    assert names == ["x", "residual", "drop_prob", "training", "scale_by_keep", "gamma", "mode", "generator"]
+    options = ["gamma", "mode", "dim", "keep", "generator"]
+    assert names == ["x", "residual", "drop_prob", "training", "scale_by_keep", *options]
     defaults = {parameter.name: parameter.default for parameter in parameters}
     for parameter in expected:
         assert defaults[parameter.name] == parameter.default
-    assert [parameter.kind for parameter in parameters[5:]] == [inspect.Parameter.KEYWORD_ONLY] * 3
+    assert {parameter.kind for parameter in parameters[5:]} == {inspect.Parameter.KEYWORD_ONLY}
     assert list(inspect.signature(DropPathAdd).parameters) == [
         "drop_prob",
         "scale_by_keep",
         "mode",
         "dim",
         "init_values",
+        "channels_first",
+        "sample_dim",
+        "device",
+        "dtype",
     ]
 
 

@@ -341,18 +341,16 @@ WRONG_SHAPES = {
     "residual of another number of dims": ((4, 3), (4, 3, 1), None, rule("residual", r"\[4, 3, 1\]", "expand")),
     "no residual": ((4, 3), (0,), None, rule("residual", r"\[0\]", "expand")),
     "gamma of another size": ((4, 3), (4, 3), (4,), rule("gamma", r"\[D\]", r"\[4\]", r"\[4, 3\]")),
-    "gamma of one number": ((4, 3), (4, 3), (1,), rule("gamma", r"\[1\]", r"\[4, 3\]")),
     "gamma along the samples": ((4, 3), (4, 3), (4, 1), rule("gamma", r"\[4, 1\]", r"\[4, 3\]")),
     "gamma along two dims": ((4, 5, 3), (4, 5, 3), (5, 3), rule("gamma", "one dim", r"\[5, 3\]")),
     "gamma of x's shape": ((4, 5, 3), (4, 5, 3), (4, 5, 3), rule("gamma", r"\[4, 5, 3\]")),
     "gamma of more dims": ((4, 3), (4, 3), (1, 1, 3), rule("gamma", r"\[1, 1, 3\]", r"\[4, 3\]")),
     "gamma of NCHW without its dims": ((4, 5, 3, 2), (4, 5, 3, 2), (5,), rule("gamma", r"\[C, 1, 1\]", r"\[5\]")),
     "gamma of channels, one dim too few": ((4, 5, 3, 2), (4, 5, 3, 2), (5, 1), rule("gamma", r"\[5, 1\]")),
-    "gamma of a sample of one dimension": ((4,), (4,), (1,), rule("gamma", r"\[1\]", r"\[4\]")),
     "gamma of samples": ((4,), (4,), (4,), rule("gamma", r"\[4\]")),
     "gamma of nothing": ((4, 3), (4, 3), (0,), rule("gamma", r"\[0\]")),
     "gamma along two dims, one of them empty": ((4, 5, 0), (4, 5, 0), (5, 0), rule("gamma", r"\[5, 0\]")),
-    "gamma of no dimension": ((4, 3), (4, 3), (), rule("gamma", r"0-dim|\[\]")),
+    "gamma of one element, but more dims": ((4, 3), (4, 3), (1, 1, 1), rule("gamma", r"\[1, 1, 1\]", r"\[4, 3\]")),
     "x of no dimension": ((), (), None, rule(r"\bx\b", "0-dim")),
     "residual of no dimension": ((4, 3), (), None, rule("residual", "0-dim")),
 }
@@ -586,12 +584,14 @@ def test_skip_not_a_tensor(x, name, training, sampling):
     _skip_error(TypeError, f"x must be a Tensor, but got {name}", x, 0.5, training, sampling=sampling)
 
 
-GAMMA_RULE = "gamma must broadcast along one dim of a sample, as [D] or [C, 1, 1] do, but got shape "
+GAMMA_RULE = (
+    "gamma must broadcast along one dim of a sample, as [D] or [C, 1, 1] do, or have one element, but got shape "
+)
 
 
 @pytest.mark.parametrize(
     ("shape", "gamma_shape"),
-    [((4, 3), (4,)), ((4, 3), (1,)), ((4, 3), (4, 1)), ((4, 5, 3), (5, 3)), ((4, 5, 3, 2), (5,)), ((4,), (4,))],
+    [((4, 3), (4,)), ((4, 3), (1, 1, 1)), ((4, 3), (4, 1)), ((4, 5, 3), (5, 3)), ((4, 5, 3, 2), (5,)), ((4,), (4,))],
 )
 @pytest.mark.parametrize(("drop_prob", "training"), EVERY_CASE)
 @pytest.mark.parametrize("sampling", SAMPLINGS)
@@ -628,8 +628,7 @@ def test_skip_batched(device, drop_prob, training, sampling):
         (torch.ones(0, device=device), ValueError, f"{rule} [0]"),
         (torch.tensor(1.0, device=device), ValueError, f"{rule} []"),
         (torch.ones(2, device="meta"), ValueError, f"must be on {x.device}, where x is, but got meta"),
-        ([1.0, 2.0], TypeError, "must be a Tensor, but got list"),
-        (None, TypeError, "must be a Tensor, but got NoneType"),
+        ([1.0, 2.0], TypeError, "must be a Tensor or None, but got list"),
     ):
         for place, batched in enumerate([(wrong,), (right, wrong), (right, right, wrong)]):
             sentence = f"batched[{place}] {message}"
@@ -708,7 +707,12 @@ def test_skip_kind_of_the_output(device, sampling, drop_prob, training):
     for branch, kind, message in (
         (lambda rows: rows.long(), TypeError, f"{dtypes}, but got int64"),
         (lambda rows: rows > 0, TypeError, f"{dtypes}, but got bool"),
-        (lambda rows: (rows, rows), TypeError, "must be a Tensor, but got tuple"),
+        (
+            lambda rows: (rows, rows),
+            TypeError,
+            "must be a Tensor, but got a tuple of 2: let branch return the one to add, as "
+            "lambda rows: attention(rows, rows, rows)[0] does",
+        ),
         (lambda rows: None, TypeError, "must be a Tensor, but got NoneType"),
         (lambda rows: rows.to("meta"), ValueError, f"must be on {x.device}, where x is, but got meta"),
     ):

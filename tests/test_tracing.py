@@ -79,7 +79,7 @@ def test_arguments_of_the_nodes():
     nodes = {node.name: node for node in fx.symbolic_trace(Calls()).graph.nodes}
     x, y = nodes["x"], nodes["y"]
     a, b, c = (nodes[name] for name in ("drop_path", "drop_path_add", "stochastic_depth"))
-    assert (a.args, a.kwargs) == ((x, 0.1, True, False), {"mode": "batch", "generator": None})
+    assert (a.args, a.kwargs) == ((x, 0.1, True, False), {"mode": "batch", "dim": 0, "keep": None, "generator": None})
     assert (b.args, b.kwargs["gamma"].target) == ((a, y, 0.2, False, True), "gamma")
     assert (c.args[1].op, c.args[1].target, c.args[2:]) == ("get_attr", "branch", (0.3, True, True))
     assert (c.kwargs["batched"], c.kwargs["sampling"]) == ((y,), "fixed")
@@ -280,7 +280,9 @@ def test_script_of_skipping_refuses():
 
 
 def test_script_names_what_is_wrong_with_gamma():
-    """As eager mode does; a gamma without dimensions has no samples to miss."""
+    """As eager mode does; a gamma of one element fits."""
     scripted = torch.jit.script(drop_path_add)
+    x = torch.ones(4, 3)
     with pytest.raises(Exception, match="gamma must broadcast along one dim of a sample"):
-        scripted(torch.ones(4, 3), torch.ones(4, 3), 0.5, True, gamma=torch.tensor(1.0))
+        scripted(x, x, 0.5, True, gamma=torch.ones(2))
+    assert scripted(x, x, 0.0, True, gamma=torch.tensor(3.0)).eq(4.0).all()

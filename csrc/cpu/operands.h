@@ -24,7 +24,8 @@ Factors<F> make_factors(const at::Tensor& out, const std::optional<at::Tensor>& 
   if (!gamma) {
     return Factors<F>(static_cast<F>(scale));
   }
-  const int64_t stride = gamma->stride(gamma_dim(out, *gamma) - out.dim() + gamma->dim());
+  const auto dim = gamma_dim(out, *gamma);
+  const int64_t stride = dim ? gamma->stride(*dim - out.dim() + gamma->dim()) : 0;
   return AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, gamma->scalar_type(), "gamma", [&] {
     const auto* data = gamma->const_data_ptr<scalar_t>();
     return Factors<F>(find_channels(out, *gamma),

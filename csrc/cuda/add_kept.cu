@@ -40,7 +40,7 @@ void add_kept(const at::Tensor& out, const std::optional<at::Tensor>& residual, 
     dense_gamma = gamma->contiguous();
   }
   const SourceLookup lookup = source_lookup(sources, x.size(0));
-  const auto run = [&](auto width, auto vectors, const Gamma<TGamma>& operand) {
+  const auto run = [&](auto width, auto vectors, auto is_aligned, const Gamma<TGamma>& operand) {
     constexpr int kLaunchWidth = decltype(width)::value;
     constexpr int kVectors = decltype(vectors)::value;
     ChannelLocation gamma_step{};
@@ -50,8 +50,9 @@ void add_kept(const at::Tensor& out, const std::optional<at::Tensor>& residual, 
       }
     }
     const Tiling tiling = Tiling::make(rows, kThreads * kVectors, kLaunchWidth);
-    launch(add_kept_kernel<TO, TR, TX, TGamma, kLaunchWidth, kVectors>, tiling.tiles(rows), kThreads, out_data,
-           residual_data, x_data, lookup, operand, gamma_step, rows, x_rows.strides, residual_rows.strides, tiling,
+    launch(add_kept_kernel<TO, TR, TX, TGamma, kLaunchWidth, kVectors, decltype(is_aligned)::value>, tiling.tiles(rows),
+           kThreads, out_data, residual_data, x_data, lookup, operand, gamma_step, rows, x_rows.strides,
+           residual_rows.strides, tiling,
            /*in_place=*/static_cast<const void*>(out_data) == residual_data, static_cast<Opmath<TO>>(scale));
   };
   using Scalar = std::integral_constant<int, 1>;
@@ -64,15 +65,15 @@ void add_kept(const at::Tensor& out, const std::optional<at::Tensor>& residual, 
     const Channels channels = find_channels(out, *gamma);
     const auto operand = gamma_operand<TGamma, kWidth>(dense_gamma, channels);
     if (!vectorizes) {
-      run(Scalar(), WithMore(), gamma_operand<TGamma, 1>(dense_gamma, channels));
+      run(Scalar(), WithMore(), std::false_type(), gamma_operand<TGamma, 1>(dense_gamma, channels));
     } else if (operand.is_aligned) {
-      run(Width(), WithGamma(), operand);
+      run(Width(), WithGamma(), std::true_type(), operand);
     } else {
-      run(Width(), WithMore(), operand);
+      run(Width(), WithMore(), std::false_type(), operand);
     }
   } else {
     using Vectors = std::conditional_t<std::is_void_v<TR>, Alone, WithMore>;
-    vectorizes ? run(Width(), Vectors(), {}) : run(Scalar(), Vectors(), {});
+    vectorizes ? run(Width(), Vectors(), std::false_type(), {}) : run(Scalar(), Vectors(), std::false_type(), {});
   }
 }
 

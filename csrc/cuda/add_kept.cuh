@@ -13,11 +13,11 @@ namespace droppath_ext {
 // and before the first store, so that enough reads are in flight to cover the latency of memory. TR and TGamma are void
 // where there is no residual and no gamma; gamma_step leads from one vector of a thread to the next. If in_place, the
 // residual is out itself, and what is dropped stays as it is.
-template <typename TO, typename TR, typename TX, typename TGamma, int kWidth, int kVectors>
+template <typename TO, typename TR, typename TX, typename TGamma, int kWidth, int kVectors, bool kGammaIsAligned>
 __global__ void __launch_bounds__(kThreads)
     add_kept_kernel(TO* out, const TR* residual, const TX* __restrict__ x, SourceLookup sources, Gamma<TGamma> gamma,
                     ChannelLocation gamma_step, Rows rows, RowStrides strides, RowStrides residual_strides,
-                    Tiling tiling, bool in_place, Opmath<TO> scale) {
+                    Tiling tiling, bool in_place, Opmath<TO> given_scale) {
   using F = Opmath<TO>;
   constexpr bool kHasResidual = !std::is_void_v<TR>;
   constexpr bool kHasGamma = !std::is_void_v<TGamma>;
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kThreads)
   const int vectors = tile.rows * vectors_per_row;
   Vector<TX, kWidth> values[kVectors];
   Vector<Residual, kWidth> residuals[kVectors];
-  GammaValues<GammaOrX, kWidth> gammas[kVectors];
+  GammaValues<GammaOrX, kWidth, kGammaIsAligned> gammas[kVectors];
   bool is_kept[kVectors];
   ChannelLocation channel{};
   if constexpr (kHasGamma) {
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kThreads)
       if (is_kept[i]) {
         values[i] = load_vector<TX, kWidth>(x + offset + column);
         if constexpr (kHasGamma) {
-          gammas[i] = gamma.template load<kWidth>(channel);
+          gammas[i] = gamma.template load<kWidth, kGammaIsAligned>(channel);
         }
       }
       if constexpr (kHasResidual) {
@@ -80,6 +80,7 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
 
+  const F scale = sources.times_factor(given_scale);
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
     const int vector = threadIdx.x + i * kThreads;
@@ -93,16 +94,12 @@ __global__ void __launch_bounds__(kThreads)
     }
     if (is_kept[i]) {
       F terms[kWidth];
-      F factors[kWidth];
       values[i].to_opmath(terms);
       if constexpr (kHasGamma) {
-        gammas[i].to_opmath(factors);
+        gammas[i].multiply(terms);
       }
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) {
-        if constexpr (kHasGamma) {
-          terms[j] *= factors[j];
-        }
         if constexpr (kHasResidual) {
           sums[j] += terms[j] * scale;
         } else {

@@ -65,7 +65,7 @@ void gamma_grad(const at::Tensor& grad_x, bool writes_grad_x, const at::Tensor& 
 
   launch<Start::kEarly>(sum_parts_kernel<TGamma, F>, ceil_div(channels.count, kSumChannels), kSumThreads,
                         static_cast<TGamma*>(grad_gamma.mutable_data_ptr()), args.parts, parts.size(0), channels.count,
-                        args.scale);
+                        args.scale, args.sources.factor);
 }
 
 void gamma_grad_cuda(const at::Tensor& grad_x, bool writes_grad_x, const at::Tensor& grad_gamma, const at::Tensor& grad,

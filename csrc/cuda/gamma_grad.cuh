@@ -120,11 +120,16 @@ __global__ void __launch_bounds__(kThreads) gamma_grad_kernel(BackwardArgs<TG, T
     const ChannelLocation channel = channels.locate(column);
     // Elements of the vector that belong to its first channel.
     const int64_t of_first = channels.inner - channel.offset;
+    const F scale = args.sources.times_factor(args.scale);
     F factors[kWidth];
-    args.gamma.template load<kWidth>(channel).to_opmath(factors);
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) {
-      factors[j] *= args.scale;
+      factors[j] = scale;
+    }
+    if (args.gamma.is_aligned) {
+      args.gamma.template load<kWidth, true>(channel).multiply(factors);
+    } else {
+      args.gamma.template load<kWidth, false>(channel).multiply(factors);
     }
     const int64_t row_of_period = periods.rows_of_period == 1 ? 0 : divide(column, args.rows.length);
     const int64_t column_of_row = column - row_of_period * args.rows.length;
@@ -248,8 +253,9 @@ constexpr int kSumChannels = 8;  // of a block; few, because the sums are short:
 // grad_gamma[channel] = scale * sum of parts[:, channel]: a thread adds every kPartsAtATime-th part, then the threads
 // of a channel add up theirs.
 template <typename T, typename F>
-__global__ void __launch_bounds__(kSumThreads) sum_parts_kernel(T* __restrict__ grad_gamma, const F* __restrict__ parts,
-                                                                int64_t count, int64_t channels, F scale) {
+__global__ void __launch_bounds__(kSumThreads)
+    sum_parts_kernel(T* __restrict__ grad_gamma, const F* __restrict__ parts, int64_t count, int64_t channels, F scale,
+                     const double* factor) {
   constexpr int kPartsAtATime = kSumThreads / kSumChannels;
   constexpr int kWarps = kSumThreads / kWarp;
   constexpr int kShare = kWarps / (kWarp / kSumChannels);  // of the warps' sums, for each lane of the first warp
@@ -287,7 +293,8 @@ __global__ void __launch_bounds__(kSumThreads) sum_parts_kernel(T* __restrict__ 
     }
     sum = sum_over_lanes(sum);
     if (lane < kSumChannels && channel < channels) {
-      grad_gamma[channel] = from_opmath<T>(sum * scale);
+      sum *= factor == nullptr ? scale : scale * static_cast<F>(*factor);
+      grad_gamma[channel] = from_opmath<T>(sum);
     }
   }
 }

@@ -25,6 +25,12 @@ struct SourceLookup {
   int64_t limit;         // samples of the input
   at::PhiloxCudaState philox;
   uint64_t threshold;
+  const double* factor;  // of the scale, or null
+
+  template <typename F>
+  __device__ F times_factor(F scale) const {
+    return factor == nullptr ? scale : scale * static_cast<F>(*factor);
+  }
 
   // kDropped for none. `write` is true for one block of each sample.
   __device__ int64_t operator()(int64_t sample, bool write = false) const {
@@ -49,25 +55,33 @@ struct SourceLookup {
   }
 };
 
-// The values of gamma that one vector of x meets, as they were loaded.
-template <typename T, int kWidth>
+// The values of gamma that one vector of x meets, as they were loaded. kIsAligned: they are a vector of gamma, too;
+// with registers for either case, fewer blocks would fit.
+template <typename T, int kWidth, bool kIsAligned>
 struct GammaValues {
   Vector<T, kWidth> values;
   // How many of the elements belong to the first channel, whose gamma is in part 0 of the vector; the rest belong to
   // the next one, in part 1. 0: a value for each element.
   int of_first;
 
-  __device__ void to_opmath(Opmath<T> (&to)[kWidth]) const {
-    values.to_opmath(to);
-    if constexpr (kWidth > 1) {
+  // Each of the terms by its value.
+  __device__ void multiply(Opmath<T> (&terms)[kWidth]) const {
+    Opmath<T> factors[kWidth];
+    values.to_opmath(factors);
+    if constexpr (kWidth > 1 && !kIsAligned) {
       if (of_first != 0) {
-        const auto first = to[0];
-        const auto second = to[kWidth / Vector<T, kWidth>::kParts];
+        const auto first = factors[0];
+        const auto second = factors[kWidth / Vector<T, kWidth>::kParts];
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) {
-          to[i] = i < of_first ? first : second;
+          terms[i] *= i < of_first ? first : second;
         }
+        return;
       }
+    }
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      terms[i] *= factors[i];
     }
   }
 };
@@ -76,20 +90,19 @@ struct GammaValues {
 template <typename T>
 struct Gamma {
   const T* values;  // [channels.count]
-  bool is_aligned;  // every vector of x meets a whole vector of gamma
+  bool is_aligned;  // every vector of x meets a whole vector of gamma: what load is told
   Channels channels;
 
   // Those for the elements from `location` on. No load is waited for here, but in the last branch: channels shorter
   // than a vector, or vectors that are not aligned to them.
-  template <int kWidth>
-  __device__ GammaValues<T, kWidth> load(ChannelLocation location) const {
-    if (is_aligned) {
-      return {load_vector<T, kWidth>(values + location.channel), 0};
-    }
+  template <int kWidth, bool kIsAligned>
+  __device__ GammaValues<T, kWidth, kIsAligned> load(ChannelLocation location) const {
     const ChannelLocation next_channel{1, 0};
     const ChannelLocation next_element{0, 1};
-    GammaValues<T, kWidth> loaded{};
-    if constexpr (kWidth == 1) {
+    GammaValues<T, kWidth, kIsAligned> loaded{};
+    if constexpr (kIsAligned) {
+      loaded.values = load_vector<T, kWidth>(values + location.channel);
+    } else if constexpr (kWidth == 1) {
       loaded.values.set_part(0, values[location.channel]);
     } else if (channels.inner >= kWidth) {
       const int64_t left = channels.inner - location.offset;

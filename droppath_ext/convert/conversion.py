@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from ..tracing import is_jit_tracing
+from ..reference import is_jit_tracing
 from .drops import NAMES, drop_path_kind
 from .emit import kept_source
 from .model_plan import ModelPlan, plan_model
