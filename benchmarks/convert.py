@@ -11,7 +11,16 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 from training import Trainer, as_named, autocast, compare, create, describe, photographs, with_references
-from workloads import AS_IS, COMPILED_SUFFIX, CONVERT_LEVELS, CONVERT_MODELS, NO_DROP_PATH, WITHOUT_BRANCHES, Rated
+from workloads import (
+    AS_IS,
+    COMPILED_SUFFIX,
+    CONVERT_LEVELS,
+    CONVERT_MODELS,
+    NO_DROP_PATH,
+    SKIP_FIXED,
+    WITHOUT_BRANCHES,
+    Rated,
+)
 
 from droppath_ext import convert, set_drop_path_rate
 from droppath_ext.convert import ConversionReport, ConvertedSite
@@ -110,7 +119,8 @@ def case(
             reports[name] = without_branches(other, images)
             unused = weights_without_gradient(other, images)
         elif base != AS_IS:
-            reports[name] = convert(other, base, example=images)
+            sampling = "fixed" if base == SKIP_FIXED else "bernoulli"
+            reports[name] = convert(other, base.split()[0], example=images, sampling=sampling)
         trainers[name] = Trainer(as_named(other, name), unused)
     dropped = dropped_share(model, reports[WITHOUT_BRANCHES], images)
     return {

@@ -17,7 +17,7 @@ import torch
 from peers import OURS
 from rich.console import Console
 from rich.markup import escape
-from workloads import AS_IS, COMPILED_SUFFIX, CONVERT_LEVELS, NO_DROP_PATH, SKIP_PEERS
+from workloads import AS_IS, COMPILED_SUFFIX, EAGER_CONVERT_CONTESTANTS, NO_DROP_PATH, SKIP_PEERS
 
 import droppath_ext.info
 
@@ -198,7 +198,7 @@ def _skip(rows: list[dict]) -> Iterator[Table]:
 
 def _convert(rows: list[dict]) -> Iterator[Table]:
     """Time, memory and losses: a line for each model, and another for the compiled ones."""
-    names = (NO_DROP_PATH, *CONVERT_LEVELS)
+    names = (NO_DROP_PATH, *EAGER_CONVERT_CONTESTANTS)
     time = Table(
         f"A training step: time ÷ that of the model {AS_IS}",
         ["model", "p", f"{AS_IS}, ms (p20–p80)", *names, "ideal", "skip ÷ ideal", "sites skipped, fused, kept"],

@@ -20,10 +20,10 @@ from workloads import (
     ACTIVATIONS,
     CONTESTANTS,
     CONVERT_CONTESTANTS,
-    CONVERT_LEVELS,
     CONVERT_MODELS_OF,
     DROP_PROBS,
     DTYPES,
+    EAGER_CONVERT_CONTESTANTS,
     EAGER_SKIP_CONTESTANTS,
     MODELS,
     OPS,
@@ -214,7 +214,7 @@ def measure(arguments: argparse.Namespace) -> dict:
 
             one_of_all = quick and arguments.what == "all"
             default_models = [QUICK_CONVERT_MODEL[device.type]] if one_of_all else CONVERT_MODELS_OF[device.type]
-            default_contestants = CONVERT_LEVELS if quick else CONVERT_CONTESTANTS
+            default_contestants = EAGER_CONVERT_CONTESTANTS if quick else CONVERT_CONTESTANTS
             results["convert"] = convert.run(
                 device,
                 quick,

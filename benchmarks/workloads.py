@@ -171,7 +171,9 @@ QUICK_CONVERT_MODEL = {"cpu": "vit_tiny_2_uniform", "cuda": "deit3_base"}  # whe
 AS_IS = "as it is"  # takes part in every round, and so do NO_DROP_PATH and the models without branches
 WITHOUT_BRANCHES = "without branches"
 CONVERT_LEVELS = ("keep", "fuse", "skip")
-CONVERT_CONTESTANTS = (*CONVERT_LEVELS, *(level + COMPILED_SUFFIX for level in CONVERT_LEVELS))
+SKIP_FIXED = "skip fixed"  # the same number of samples in every step
+EAGER_CONVERT_CONTESTANTS = (*CONVERT_LEVELS, SKIP_FIXED)
+CONVERT_CONTESTANTS = (*EAGER_CONVERT_CONTESTANTS, *(name + COMPILED_SUFFIX for name in EAGER_CONVERT_CONTESTANTS))
 
 # What --model and --contestant choose from, in the parts that have them.
 MODELS = {"skip": BACKBONES, "convert": CONVERT_MODELS}

@@ -346,6 +346,26 @@ def test_small_branches_are_not_skipped():
         assert "µs" in report.sites[0].why
 
 
+@pytest.mark.parametrize("drop_prob", [0.25, 0.5])
+def test_fixed_numbers_of_samples(drop_prob):
+    """Every call computes as many samples; set_drop_path_rate plans anew without forgetting it."""
+    counts = []
+    model = nn.Sequential(Branch(nn.Linear(8, 8)), Branch(nn.Linear(8, 8))).train()
+    for block in model:
+        block.branch.register_forward_pre_hook(lambda _, args: counts.append(len(args[0])))
+    set_drop_path_rate(model, drop_prob, "uniform")
+    convert(model, "skip", example=torch.randn(8, 8), min_drop_prob=0.0, sampling="fixed")
+    counts.clear()
+    for _ in range(5):
+        model(torch.randn(8, 8)).sum().backward()
+    assert counts == [round(8 * (1 - drop_prob))] * 10
+    set_drop_path_rate(model, 0.75, "uniform")
+    model(torch.randn(8, 8))
+    counts.clear()
+    model(torch.randn(8, 8))
+    assert counts == [2, 2]
+
+
 # --- the call ---
 
 
@@ -376,6 +396,7 @@ def test_strict_changes_nothing():
         ((nn.Linear(1, 1),), {"filter": 3}, TypeError, "filter must be callable, .* but got int"),
         ((nn.Linear(1, 1),), {"strict": True}, ValueError, "strict needs an example"),
         ((nn.Linear(1, 1),), {"example": 3}, TypeError, "example must be a tensor, a tuple .* but got int"),
+        ((nn.Linear(1, 1),), {"sampling": "some"}, ValueError, 'sampling must be "bernoulli" or "fixed", but got'),
         ((nn.Linear(1, 1),), {"min_drop_prob": 2.0}, ValueError, r"min_drop_prob must be in \[0, 1\], but got 2.0"),
     ],
 )

@@ -420,6 +420,20 @@ def test_compile_skip():
 
 @each_kind
 @pytest.mark.usefixtures("_fresh_dynamo")
+def test_compile_fixed_numbers_of_samples(kind):
+    """In one graph, for shapes do not depend on what is drawn."""
+    model, images, _ = _model(kind, "keep")
+    report = convert(model, "skip", example=images, min_drop_prob=0.0, sampling="fixed")
+    assert report.count("skip") > 0
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    outs = [compiled(images) for _ in range(3)]
+    outs[0].square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert not torch.equal(outs[0], outs[1]) or not torch.equal(outs[1], outs[2])
+
+
+@each_kind
+@pytest.mark.usefixtures("_fresh_dynamo")
 def test_compile_evaluation(kind):
     model, images, _ = _model(kind, "skip")
     expected = _evaluate(model, images)

@@ -2,20 +2,20 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from ..checks import check_sampling
 from ..reference import is_jit_tracing
 from .drops import NAMES, drop_path_kind
 from .emit import kept_source
 from .model_plan import ModelPlan, plan_model
 from .mount import is_mounted, mount, unmount
 from .observe import Observer
-from .plan import LEVELS
+from .plan import LEVELS, Conversion
 from .preserve import preserved
 from .report import ConversionReport, ConvertedSite
 from .trace import Call
@@ -31,6 +31,7 @@ def convert(
     filter: Filter | None = None,
     strict: bool = False,
     min_drop_prob: float | None = None,
+    sampling: str = "bernoulli",
 ) -> ConversionReport:
     """Bring the drop paths of a model to this project's functions, in place: in training they cost less, or save time.
 
@@ -55,21 +56,26 @@ def convert(
         strict: Raise, before anything is changed, if a call does not reach the level asked for. Needs ``example``.
         min_drop_prob: The rate from which on a branch is skipped, for all. Default: for each branch the one from which
             on skipping saves more time than it costs, by the time that the branch takes in the example; 0.02 at least.
+        sampling: How "skip" draws the samples that are kept, see :func:`droppath_ext.stochastic_depth`. "bernoulli": as
+            the drop path does, so that every step has its own numbers of samples. "fixed": always the same number, what
+            a GPU and its libraries like better, in one graph under ``torch.compile``.
 
     Returns:
         A report with a row for each call of a drop path: what was done, and why not more. Print it.
 
     Raises:
         TypeError: ``model`` is no nn.Module, or ``filter`` is not callable.
-        ValueError: ``residual`` is unknown, ``min_drop_prob`` is outside [0, 1], ``strict`` lacks an example, or, with
-            ``strict``, a call does not reach the level.
+        ValueError: ``residual`` or ``sampling`` is unknown, ``min_drop_prob`` is outside [0, 1], ``strict`` lacks an
+            example, or, with ``strict``, a call does not reach the level.
 
     ``restore(model)`` takes it back. Another call of ``convert`` starts from the model as it was.
     """
     _check(model, residual, filter, strict, example, min_drop_prob)
+    check_sampling(sampling)
+    goal = Conversion(residual, min_drop_prob, sampling)
     with _as_before_on_errors(model):
         restore(model)
-        model.__dict__[_CONVERSION] = Conversion(residual, min_drop_prob)
+        model.__dict__[_CONVERSION] = goal
         chosen = {}
         left_out = set()
         for path, module in model.named_modules():
@@ -80,7 +86,7 @@ def convert(
                     left_out.add(module)
         report = ConversionReport(residual, notes=_notes(model, chosen))
         if example is not None:
-            plan = plan_model(model, _observe(model, example), residual, chosen, min_drop_prob)
+            plan = plan_model(model, _observe(model, example), goal, chosen)
             _fill(report, plan, left_out, model)
             if strict:
                 _check_strict(report)
@@ -92,7 +98,7 @@ def convert(
             ]
         else:
             report.is_planned = False
-            _FirstCall(model, residual, chosen, left_out, min_drop_prob, report)
+            _FirstCall(model, goal, chosen, left_out, report)
         for module in chosen:
             if not is_mounted(module):
                 kind = drop_path_kind(module)
@@ -113,15 +119,7 @@ def restore(model: nn.Module) -> None:
                 first_call.cancel()
 
 
-@dataclass(frozen=True)
-class Conversion:
-    """What a model was converted to: an entry of its __dict__."""
-
-    residual: str
-    min_drop_prob: float | None
-
-
-_CONVERSION = "_droppath_ext_conversion"
+_CONVERSION = "_droppath_ext_conversion"  # the entry of a converted model's __dict__ that says what it was converted to
 
 
 def conversion_of(model: nn.Module) -> Conversion | None:
@@ -142,6 +140,7 @@ def convert_again(model: nn.Module, conversion: Conversion, new: set[nn.Module])
         conversion.residual,
         filter=lambda _, module: module not in left_out,
         min_drop_prob=conversion.min_drop_prob,
+        sampling=conversion.sampling,
     )
 
 
@@ -222,16 +221,14 @@ class _FirstCall:
     def __init__(
         self,
         model: nn.Module,
-        residual: str,
+        goal: Conversion,
         chosen: dict[nn.Module, str],
         left_out: set[nn.Module],
-        min_rate: float | None,
         report: ConversionReport,
     ) -> None:
-        self.residual = residual
+        self.goal = goal
         self.chosen = chosen
         self.left_out = left_out
-        self.min_rate = min_rate
         self.report = report
         self.observer: Observer | None = None
         self.plan: ModelPlan | None = None
@@ -260,7 +257,7 @@ class _FirstCall:
         observer, self.observer = self.observer, None
         observer.stop()
         observer.training = {module: module.training for module in model.modules()}
-        self.plan = plan_model(model, observer, self.residual, self.chosen, self.min_rate)
+        self.plan = plan_model(model, observer, self.goal, self.chosen)
         _fill(self.report, self.plan, self.left_out, model)
         self.report.is_planned = True
 

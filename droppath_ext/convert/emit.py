@@ -28,10 +28,11 @@ _FUNCTIONS = "from droppath_ext.functional import drop_path_add as _dp_add, stoc
 class Branch:
     """A branch as a function of its own, ``branch(residual, *outside)``, and how the generated code calls it."""
 
-    def __init__(self, number: int, kind: DropPathKind, has_gamma: bool) -> None:
+    def __init__(self, number: int, kind: DropPathKind, has_gamma: bool, sampling: str) -> None:
         self.name = f"_dp_skip_{number}"
         self.kind = kind
         self.has_gamma = has_gamma
+        self.sampling = sampling
         self.batched: tuple[int, ...] = ()  # which of the values from outside have samples, which are taken, too
         self.shared: tuple[int, ...] = ()  # which of them are tensors for all samples
         self.min_rate = 0.0
@@ -64,6 +65,7 @@ class Branch:
             for name, value, is_attribute in self.kind.settings()
         ).replace(f"=drop.{self.kind.rate},", f"=drop.{self.kind.rate} or 0.0,")
         gamma = ", gamma=gamma" if self.has_gamma else ""
+        sampling = "" if self.sampling == "bernoulli" else f", sampling={self.sampling!r}"
         others = "".join(f", {name}" for name in self.outside)
         conditions = ["drop.training", f"(drop.{self.kind.rate} or 0.0) >= {self.min_rate}"]
         if self.kind.mode == "mode":
@@ -78,7 +80,7 @@ class Branch:
             f"{textwrap.indent(body, '    ')}\n"
             f"    if {' and '.join(conditions)}:\n"
             f"        batched = ({''.join(f'{name}, ' for name in batched)})\n"
-            f"        return _dp_skip(taken, branch, {skipped}{gamma}, batched=batched)\n"
+            f"        return _dp_skip(taken, branch, {skipped}{gamma}, batched=batched{sampling})\n"
             f"    return _dp_add(branch(taken{''.join(', ' + b for b in batched)}), taken, {settings}{gamma})\n\n\n"
         )
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .drops import drop_path_kind
 from .mount import mount
 from .observe import Caller, Observer
-from .plan import BlockPlan, Outcome, plan_block
+from .plan import BlockPlan, Conversion, Outcome, plan_block
 from .preserve import preserved, unsharded
 from .report import ConvertedSite
 from .trace import Call, CannotPlan
@@ -31,29 +31,24 @@ class ModelPlan:
             mount(module, source)
 
 
-def plan_model(
-    model: nn.Module, observer: Observer, level: str, chosen: dict[nn.Module, str], min_rate: float | None
-) -> ModelPlan:
+def plan_model(model: nn.Module, observer: Observer, goal: Conversion, chosen: dict[nn.Module, str]) -> ModelPlan:
     """Plan every module that calls a drop path; changes nothing."""
     modes = {module: module.training for module in model.modules()}
     try:
         for module, mode in observer.training.items():
             module.training = mode
         with preserved(model):
-            return _Plans(model, observer, level, chosen, min_rate).all()
+            return _Plans(model, observer, goal, chosen).all()
     finally:
         for module, mode in modes.items():
             module.training = mode
 
 
 class _Plans:
-    def __init__(
-        self, model: nn.Module, observer: Observer, level: str, chosen: dict[nn.Module, str], min_rate: float | None
-    ) -> None:
+    def __init__(self, model: nn.Module, observer: Observer, goal: Conversion, chosen: dict[nn.Module, str]) -> None:
         self.observer = observer
-        self.level = level
+        self.goal = goal
         self.chosen = chosen
-        self.min_rate = min_rate
         self.paths = {module: path for path, module in model.named_modules()}
         self.cache: dict[object, BlockPlan | CannotPlan] = {}
 
@@ -63,7 +58,7 @@ class _Plans:
         for caller in callers:
             plans[caller.module] = caller, self._plan(caller, frozenset())
         covered: dict[nn.Module, nn.Module] = {}  # callers that are inlined into another block
-        if self.level != "keep":
+        if self.goal.residual != "keep":
             self._inline(plans, covered)
         result = ModelPlan()
         for module, (_, plan) in plans.items():
@@ -75,7 +70,7 @@ class _Plans:
         return result
 
     def _plan(self, caller: Caller, inline: frozenset[nn.Module]) -> BlockPlan | CannotPlan:
-        if self.level == "keep":
+        if self.goal.residual == "keep":
             return BlockPlan(None)
         module = caller.module
         key = (_structure(module), _kinds_of(caller.call), frozenset(_paths_in(module, inline)), self._choice(module))
@@ -84,9 +79,7 @@ class _Plans:
                 if "forward" in module.__dict__:
                     raise CannotPlan("its forward was set by hand")
                 with unsharded(module):
-                    self.cache[key] = plan_block(
-                        module, caller.call, self.level, self.chosen.__contains__, inline, self.min_rate
-                    )
+                    self.cache[key] = plan_block(module, caller.call, self.goal, self.chosen.__contains__, inline)
             except CannotPlan as error:
                 self.cache[key] = error
             except Exception as error:  # what nobody has foreseen must not keep a model from training
@@ -139,7 +132,7 @@ class _Plans:
             assert kind is not None
             if drop not in self.chosen:
                 outcome = Outcome("none", "left out by filter")
-            elif self.level == "keep":
+            elif self.goal.residual == "keep":
                 outcome = Outcome("keep")
             elif isinstance(plan, CannotPlan):
                 outcome = Outcome("keep", str(plan))

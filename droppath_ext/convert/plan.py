@@ -33,6 +33,16 @@ from .verify import verify
 
 LEVELS = ("keep", "fuse", "skip")
 
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a model is converted to: the arguments of ``convert`` that its plans depend on."""
+
+    residual: str  # the level
+    min_drop_prob: float | None = None
+    sampling: str = "bernoulli"
+
+
 # Host time that skipping costs a site over fusing it, in seconds: two gathers and two scatters, which are Python.
 SKIP_COST = 50e-6
 LOWEST_SKIPPED_RATE = 0.02
@@ -71,10 +81,9 @@ class Site:
 def plan_block(
     root: nn.Module,
     call: Call,
-    level: str,
+    goal: Conversion,
     is_chosen: Callable[[nn.Module], bool],
     inline: frozenset[nn.Module] = frozenset(),
-    min_rate: float | None = None,
 ) -> BlockPlan:
     """Plan the forward of ``root`` for calls like this one.
 
@@ -87,7 +96,7 @@ def plan_block(
         trace = trace_call(root, call, inline, follow_shapes=True)
     _follow_in_place(trace)
     _unstack(trace)
-    planner = _Planner(trace, level, min_rate)
+    planner = _Planner(trace, goal)
     outcomes = []
     is_output = set()
     for node in list(trace.graph.nodes):
@@ -106,9 +115,9 @@ def plan_block(
         try:
             verify(root, call, make_class(type(root), source).forward)
         except CannotPlan as error:
-            if level != "skip" or all(outcome.level != "skip" for _, outcome in outcomes):
+            if goal.residual != "skip" or all(outcome.level != "skip" for _, outcome in outcomes):
                 raise
-            plan = plan_block(root, call, "fuse", is_chosen, inline, min_rate)
+            plan = plan_block(root, call, Conversion("fuse"), is_chosen, inline)
             for _, outcome in plan.outcomes:
                 outcome.why = outcome.why or str(error)
             return plan
@@ -118,12 +127,11 @@ def plan_block(
 class _Planner:
     """Rewrites the graph of a block, one site after the other."""
 
-    def __init__(self, trace: Trace, level: str, min_rate: float | None) -> None:
+    def __init__(self, trace: Trace, goal: Conversion) -> None:
         self.trace = trace
         self.root = trace.root
         self.graph = trace.graph
-        self.level = level
-        self.min_rate = min_rate
+        self.goal = goal
         self.swallowed: dict[str, fx.Node] = {}  # placeholders for modules that are not called any more, by path
         self.branches: list[Branch] = []
         self.sums: set[fx.Node] = set()  # what was put in place of the additions
@@ -136,7 +144,7 @@ class _Planner:
         except CannotPlan as error:
             return Outcome("keep", str(error))
         why = ""
-        if self.level == "skip":
+        if self.goal.residual == "skip":
             try:
                 self._skip(site)
             except CannotPlan as error:
@@ -282,7 +290,7 @@ class _Planner:
             raise CannotPlan("it drops the whole batch at once")
         inside, outside = self._slice(site)
         self._check_structure(inside)
-        branch = Branch(len(self.branches), site.kind, site.gamma is not None)
+        branch = Branch(len(self.branches), site.kind, site.gamma is not None, self.goal.sampling)
         branch.copy_nodes(inside, outside, site.residual, site.y)
         residual, values = self._value(site.residual), [*map(self._value, outside)]
         found = independence(self.root, branch.function(self.root), residual, values)
@@ -376,8 +384,8 @@ class _Planner:
 
     def _min_rate(self, seconds: float | None) -> float:
         """From which rate on skipping pays; in whole percents, so that equal blocks share their source."""
-        if self.min_rate is not None:
-            return self.min_rate
+        if self.goal.min_drop_prob is not None:
+            return self.goal.min_drop_prob
         if seconds is None:  # nothing was run
             return LOWEST_SKIPPED_RATE
         rate = max(LOWEST_SKIPPED_RATE, SKIP_COST / seconds)
