@@ -158,8 +158,8 @@ def _find_samples_between_graphs(
     samples, _ = _find_samples(x, drop_prob, mode, keep, generator)
     if samples.taken_from is samples.kept:  # else a graph would be for batches of which a sample is kept alone
         samples = samples._replace(taken_from=samples.kept.clone())
-    torch._dynamo.maybe_mark_dynamic(samples.taken_from, 0)
-    torch._dynamo.maybe_mark_dynamic(samples.kept, 0)
+    for index in (samples.taken_from, samples.kept, samples.slots):  # the batch may be dynamic, too
+        torch._dynamo.maybe_mark_dynamic(index, 0)
     return samples._replace(any_kept=True), reference.keep_scale(drop_prob, scale_by_keep)
 
 

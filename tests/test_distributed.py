@@ -3,11 +3,14 @@
 import sys
 import traceback
 from datetime import timedelta
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from droppath_ext import StochasticDepth
@@ -25,36 +28,61 @@ class _Block(nn.Module):
         mlp = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
         self.mlp = StochasticDepth(mlp, 0.9, dim=8, init_values=0.1, sampling=sampling)
         self.again = StochasticDepth(nn.Linear(8, 8), 0.9, sampling=sampling)
+        self.whole = StochasticDepth(nn.Linear(8, 8), 0.9, mode="batch")
 
     def forward(self, x):
-        return self.again(self.mlp(x))
+        return self.whole(self.again(self.mlp(x)))
+
+
+def _ddp(model, **options):
+    return DistributedDataParallel(model, find_unused_parameters=False, **options)
+
+
+def _fsdp(model):
+    for block in model:
+        fully_shard(block, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
+    return fully_shard(model)
+
+
+WRAPPERS = {
+    "DDP": _ddp,
+    "DDP, static graph": partial(_ddp, static_graph=True, gradient_as_bucket_view=True),
+    "FSDP2, bfloat16": _fsdp,
+}
 
 
 def _train(rank, path, results):
-    """One process: 200 steps at batch 2, where most calls drop every sample."""
+    """One process: 200 steps of each wrapper at batch 2, where most calls drop every sample."""
     try:
         torch.set_num_threads(1)
         store = dist.FileStore(str(path), PROCESSES)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=PROCESSES, timeout=timedelta(seconds=60))
-        torch.manual_seed(0)
-        model = nn.Sequential(_Block("bernoulli"), _Block("fixed"))
-        start = [parameter.detach().clone() for parameter in model.parameters()]
-        parallel = DistributedDataParallel(model, find_unused_parameters=False)
-        optimizer = torch.optim.SGD(parallel.parameters(), lr=0.05)
-        torch.manual_seed(100 + rank)  # other data and other draws in each process
-        unchanged = []
-        model[0].register_forward_hook(lambda _, args, out: unchanged.append(torch.equal(args[0], out)))
-        for _ in range(STEPS):
-            x = torch.randn(2, 8)
-            optimizer.zero_grad()
-            (parallel(x) - 2 * x).square().mean().backward()
-            optimizer.step()
-        moved = all((parameter != old).any() for parameter, old in zip(model.parameters(), start, strict=True))
-        results.put((rank, [parameter.detach().numpy() for parameter in model.parameters()], moved, unchanged))
+        reports = {name: _train_wrapped(rank, wrap) for name, wrap in WRAPPERS.items()}
+        results.put((rank, reports))
         dist.destroy_process_group()
     except BaseException:
-        results.put((rank, traceback.format_exc(), None, None))
+        results.put((rank, traceback.format_exc()))
         sys.exit(1)
+
+
+def _train_wrapped(rank, wrap):
+    """The parameters, whether all of them moved, and in which steps the first block dropped every sample."""
+    torch.manual_seed(0)
+    model = nn.Sequential(_Block("bernoulli"), _Block("fixed"))
+    start = [parameter.detach().clone() for parameter in model.parameters()]
+    parallel = wrap(model)
+    optimizer = torch.optim.SGD(parallel.parameters(), lr=0.05)
+    torch.manual_seed(100 + rank)  # other data and other draws in each process
+    unchanged = []
+    model[0].register_forward_hook(lambda _, args, out: unchanged.append(torch.equal(args[0], out)))
+    for _ in range(STEPS):
+        x = torch.randn(2, 8)
+        optimizer.zero_grad()
+        (parallel(x) - 2 * x).square().mean().backward()
+        optimizer.step()
+    parameters = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
+    moved = all((parameter != old).any() for parameter, old in zip(parameters, start, strict=True))
+    return [parameter.detach().numpy() for parameter in parameters], moved, unchanged
 
 
 def test_two_processes_stay_together(tmp_path):
@@ -67,17 +95,18 @@ def test_two_processes_stay_together(tmp_path):
     for process in processes:
         process.start()
     try:
-        reports = {rank: report for rank, *report in (results.get(timeout=120) for _ in processes)}
+        reports = dict(results.get(timeout=120) for _ in processes)
         for process in processes:
             process.join(30)
     finally:
         for process in processes:
             process.kill()
-    for parameters, _, _ in reports.values():
-        assert not isinstance(parameters, str), parameters
-    (first, moved, unchanged), (second, _, unchanged_there) = (reports[rank] for rank in range(PROCESSES))
-    assert moved
-    assert STEPS / 4 < sum(unchanged) < STEPS, "steps in which the first block drops every sample"
-    assert unchanged != unchanged_there
-    assert all(a.tobytes() == b.tobytes() for a, b in zip(first, second, strict=True))
+    for report in reports.values():
+        assert not isinstance(report, str), report
+    for name in WRAPPERS:
+        (first, moved, unchanged), (second, _, unchanged_there) = (reports[rank][name] for rank in range(PROCESSES))
+        assert moved, name
+        assert STEPS / 4 < sum(unchanged) < STEPS, "steps in which the first block drops every sample"
+        assert unchanged != unchanged_there
+        assert all(a.tobytes() == b.tobytes() for a, b in zip(first, second, strict=True)), name
     assert all(process.exitcode == 0 for process in processes)
