@@ -172,19 +172,23 @@ std::tuple<at::Tensor, at::Tensor, int64_t> index_kept(const at::Tensor& keep, a
   return droppath_ext::index_kept(keep, device);
 }
 
-// The samples that "fixed" keeps; nothing where there is no kernel.
 std::optional<std::tuple<at::Tensor, at::Tensor>> draw_fixed(py::handle x, int64_t count,
                                                              const std::optional<at::Generator>& generator) {
-  const at::Tensor& tensor = THPVariable_Unpack(x.ptr());
-  if (uses_fused_path(x)) {
-    py::gil_scoped_release no_gil;
-    return droppath_ext::draw_fixed(tensor, count, generator);
-  }
-  if (!has_kernels(tensor)) {
+  if (!uses_fused_path(x)) {
     return std::nullopt;
   }
-  return draw_for(tensor,
-                  [&](const at::Tensor& samples) { return droppath_ext::draw_fixed(samples, count, generator); });
+  const at::Tensor& tensor = THPVariable_Unpack(x.ptr());
+  py::gil_scoped_release no_gil;
+  return droppath_ext::draw_fixed(tensor, count, generator);
+}
+
+// What draw_fixed would draw for x, where the composite path serves it; nothing where there is no kernel.
+std::optional<std::tuple<at::Tensor, at::Tensor>> draw_fixed_for(const at::Tensor& x, int64_t count,
+                                                                 const std::optional<at::Generator>& generator) {
+  if (!has_kernels(x)) {
+    return std::nullopt;
+  }
+  return draw_for(x, [&](const at::Tensor& samples) { return droppath_ext::draw_fixed(samples, count, generator); });
 }
 
 // What drop_path and draw_fixed draw with this state of the generator.
@@ -233,6 +237,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("draw_bernoulli", &draw_bernoulli, py::arg("size"), py::arg("drop_prob"), py::arg("device"),
         py::arg("generator") = py::none());
   m.def("draw_fixed", &draw_fixed, py::arg("x"), py::arg("count"), py::arg("generator") = py::none());
+  m.def("draw_fixed_for", &draw_fixed_for, py::arg("x"), py::arg("count"), py::arg("generator") = py::none());
   m.def("fixed_slots", &fixed_slots, py::arg("seed"), py::arg("offset"), py::arg("size"), py::arg("count"));
   m.def("keep_mask", &keep_mask, py::arg("seed"), py::arg("offset"), py::arg("size"), py::arg("drop_prob"));
 }

@@ -57,20 +57,17 @@ void set_outputs(const Pointer& node, const Tensors&... outputs) {
   announce(node, 0);
 }
 
-// A tensor that a node saves, or none.
+// A tensor that a node saves, or none, which costs nothing: an empty SavedVariable would.
 class Saved {
  public:
   Saved() = default;
-  explicit Saved(const at::Tensor& tensor) : variable(tensor, /*is_output=*/false), is_defined_(true) {}
+  explicit Saved(const at::Tensor& tensor) : variable(std::in_place, tensor, /*is_output=*/false) {}
 
-  explicit operator bool() const { return is_defined_; }
-  at::Tensor get() const { return variable.unpack(); }
-  std::optional<at::Tensor> get_optional() const { return is_defined_ ? std::optional(get()) : std::nullopt; }
+  explicit operator bool() const { return variable.has_value(); }
+  at::Tensor get() const { return variable->unpack(); }
+  std::optional<at::Tensor> get_optional() const { return variable ? std::optional(get()) : std::nullopt; }
 
-  torch::autograd::SavedVariable variable;
-
- private:
-  bool is_defined_ = false;
+  std::optional<torch::autograd::SavedVariable> variable;
 };
 
 // A node whose gradients are computed from what it saves: Derived has
@@ -90,7 +87,9 @@ class SavingNode : public torch::autograd::Node {
     const std::lock_guard<std::mutex> lock(mutex_);
     Derived::for_members(derived(), [](auto& member) {
       if constexpr (is_saved<decltype(member)>) {
-        member.variable.reset_data();
+        if (member) {
+          member.variable->reset_data();
+        }
       }
     });
   }
@@ -106,7 +105,9 @@ class SavingNode : public torch::autograd::Node {
     Derived::for_members(static_cast<const Derived&>(*this), [&](const auto& member) {
       if constexpr (is_saved<decltype(member)>) {
         args.collect(static_cast<bool>(member));
-        args.collect(member.variable, /*is_output=*/false);
+        if (member) {
+          args.collect(*member.variable, /*is_output=*/false);
+        }
       } else {
         args.collect(member);
       }
@@ -117,7 +118,9 @@ class SavingNode : public torch::autograd::Node {
     torch::dynamo::autograd::PackedArgs packed;
     Derived::for_members(derived(), [&](auto& member) {
       if constexpr (is_saved<decltype(member)>) {
-        swap.before(member.variable);
+        if (member) {
+          swap.before(*member.variable);
+        }
         packed.pack(member.get_optional());
       } else {
         packed.pack(member);
@@ -139,7 +142,9 @@ class SavingNode : public torch::autograd::Node {
         compiler->call_function(swap.get_py_compiler(), "apply_functional", function, grads, packed.vec(), metadata);
     Derived::for_members(derived(), [&](auto& member) {
       if constexpr (is_saved<decltype(member)>) {
-        swap.after(member.variable);
+        if (member) {
+          swap.after(*member.variable);
+        }
       }
     });
     return result;

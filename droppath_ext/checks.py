@@ -209,7 +209,7 @@ def check_batched(batched: Sequence[Tensor | None], x: Tensor, dim: int = 0) -> 
 def check_not_recomputed(generator: Generator | None) -> None:
     """Raise if a generator is given in what torch.utils.checkpoint will compute again: it would draw another mask."""
     checkpoint = sys.modules.get("torch.utils.checkpoint")
-    if generator is None or checkpoint is None:
+    if generator is None or checkpoint is None or is_compiling():
         return
     frame = inspect.currentframe()
     while frame is not None:

@@ -29,7 +29,7 @@ from .checks import (
     checked_host_drop_prob,
 )
 from .reference import is_jit_tracing
-from .sampling import Samples, buffers_kept, draw_samples, module_of, with_two_for_statistics
+from .sampling import Samples, buffers_kept, draw_samples, module_of
 from .tracing import (
     is_recorded,
     record,
@@ -98,15 +98,22 @@ def drop_path(
 
     Source: Huang et al., "Deep Networks with Stochastic Depth", https://arxiv.org/abs/1603.09382, drawn per sample.
     """
-    drop_prob = checked_drop_prob(drop_prob)
-    if mode == "row" and dim == 0 and keep is None and generator is None and type(drop_prob) is float:
+    # What is as usual costs no call.
+    if (
+        type(drop_prob) is float
+        and 0.0 <= drop_prob <= 1.0
+        and mode == "row"
+        and keep is None
+        and generator is None
+        and dim == 0
+    ):
         if drop_prob == 0.0 or not training:
             return x
         if not is_compiling():  # where Inductor fuses the composite with its neighbours, as no opaque kernel can be
             out = _C.drop_path(x, drop_prob, scale_by_keep, True, None)
             if out is not None:
                 return out
-    return _drop_path(x, drop_prob, training, scale_by_keep, mode, dim, keep, generator)
+    return _drop_path(x, checked_drop_prob(drop_prob), training, scale_by_keep, mode, dim, keep, generator)
 
 
 def _drop_path(
@@ -232,14 +239,21 @@ def drop_path_add(
     Source: Huang et al., "Deep Networks with Stochastic Depth", https://arxiv.org/abs/1603.09382; gamma: Touvron et
     al., "Going deeper with Image Transformers" (LayerScale), https://arxiv.org/abs/2103.17239.
     """
-    drop_prob = checked_drop_prob(drop_prob)
-    if mode == "row" and dim == 0 and keep is None and generator is None and type(drop_prob) is float:
+    if (
+        type(drop_prob) is float
+        and 0.0 <= drop_prob <= 1.0
+        and mode == "row"
+        and keep is None
+        and generator is None
+        and dim == 0
+    ):
         p = drop_prob if training else 0.0
         # A jit trace of the evaluation is of ATen ops, which run where this package is missing.
         if not is_compiling() and (p > 0.0 or not is_jit_tracing()):
             out = _C.drop_path_add(x, residual, gamma, p, scale_by_keep, True, None)
             if out is not None:
                 return out
+    drop_prob = checked_drop_prob(drop_prob)
     return _drop_path_add(x, residual, drop_prob, training, scale_by_keep, gamma, mode, dim, keep, generator)
 
 
@@ -374,8 +388,11 @@ def stochastic_depth(
     Source: Huang et al., "Deep Networks with Stochastic Depth", https://arxiv.org/abs/1603.09382; subsets of the batch:
     Oquab et al., "DINOv2", https://arxiv.org/abs/2304.07193.
     """
-    drop_prob = checked_host_drop_prob(drop_prob, "stochastic_depth")
-    check_sampling(sampling)
+    # What is as usual costs no call.
+    if type(drop_prob) is not float or not 0.0 <= drop_prob <= 1.0:
+        drop_prob = checked_host_drop_prob(drop_prob, "stochastic_depth")
+    if sampling != "bernoulli":
+        check_sampling(sampling)
     if mode != "row":
         check_mode(mode)
         if sampling == "fixed":
@@ -389,7 +406,8 @@ def stochastic_depth(
     check_input(x)
     if dim != 0 or keep is not None:
         _check_samples(x, dim, keep, generator)
-    check_generator(generator, sampling, x)
+    if generator is not None:
+        check_generator(generator, sampling, x)
     first = x
     if dim != 0:
         first, gamma = x.movedim(dim, 0), _samples_first(gamma, x, dim)
@@ -401,19 +419,18 @@ def stochastic_depth(
     dropping = training and (drop_prob > 0.0 or keep is not None)
     if dropping:
         check_gatherable(x)
-        if not compiling:
+        if generator is not None:
             check_not_recomputed(generator)
-            if is_jit_tracing():
-                raise RuntimeError(
-                    "torch.jit.trace cannot record stochastic_depth in training, for it would keep the same samples "
-                    "for good: trace the evaluation, or use torch.compile or torch.export"
-                )
+        if not compiling and is_jit_tracing():
+            raise RuntimeError(
+                "torch.jit.trace cannot record stochastic_depth in training, for it would keep the same samples for "
+                "good: trace the evaluation, or use torch.compile or torch.export"
+            )
     samples, scale = None, 1.0
     taken, residual = x, first
     if dropping and x.shape[dim] > 0:
-        samples, scale = draw_samples(first, drop_prob, scale_by_keep, sampling, mode, keep, generator)
+        samples, scale = draw_samples(first, branch, drop_prob, scale_by_keep, sampling, mode, keep, generator)
     if samples is not None:
-        samples = with_two_for_statistics(samples, first.shape[0], branch)
         taken, residual = _gather(first, samples)
         taken = taken.movedim(0, dim) if dim != 0 else taken
         batched = [_taken(tensor, samples, dim) for tensor in batched]

@@ -95,11 +95,9 @@ class LayerScaled(nn.Module):
             nn.init.constant_(self.gamma, self.init_values)
 
     def _gamma_of(self, x: Tensor) -> Tensor | None:
-        """gamma as it broadcasts against a sample of x."""
+        """gamma along dim 1 of x."""
         gamma = self.gamma
-        if gamma is not None and self.channels_first:
-            return gamma.view([-1] + [1] * (x.ndim - 2))
-        return gamma
+        return None if gamma is None else gamma.view([-1] + [1] * (x.ndim - 2))
 
     def extra_repr(self) -> str:
         if self.gamma is None:
@@ -157,7 +155,7 @@ class DropPathAdd(LayerScaled):
             self.drop_prob,
             self.training,
             self.scale_by_keep,
-            gamma=self._gamma_of(x),
+            gamma=self._gamma_of(x) if self.channels_first else self.gamma,
             mode=self.mode,
             dim=self.sample_dim,
         )
@@ -223,7 +221,7 @@ class StochasticDepth(LayerScaled):
             self.drop_prob,
             self.training,
             self.scale_by_keep,
-            gamma=self._gamma_of(x),
+            gamma=self._gamma_of(x) if self.channels_first else self.gamma,
             batched=batched,
             sampling=self.sampling,
             mode=self.mode,

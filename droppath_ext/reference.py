@@ -160,10 +160,12 @@ def scatter_add(
 
 def draw_fixed(x: Tensor, count: int, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
     """Draw ``count`` distinct samples of x: the slots int64 [B], and the samples, int64 [count], ascending."""
-    if not is_compiling() and (_C.uses_fused_path(x) or draws_natively(x)):
-        drawn = _C.draw_fixed(x, count, generator)
-        if drawn is not None:
-            return drawn
+    drawn = _C.draw_fixed_for(x, count, generator) if draws_natively(x) else None
+    return draw_fixed_in_aten(x, count, generator) if drawn is None else drawn
+
+
+def draw_fixed_in_aten(x: Tensor, count: int, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
+    """``draw_fixed`` where no kernel may draw."""
     size = x.shape[0]
     kept = torch.randperm(size, generator=generator, device=x.device)[:count].sort().values
     slots = torch.full((size,), -1, device=x.device)

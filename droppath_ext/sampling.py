@@ -49,18 +49,10 @@ def buffers_kept(module: nn.Module | None) -> Iterator[None]:
             m._buffers[name] = buffer
 
 
-def with_two_for_statistics(samples: Samples, size: int, branch: Callable[..., Tensor]) -> Samples:
-    """A second sample, a stand-in, where BatchNorm would refuse to take the statistics of a single one."""
+def _takes_batch_statistics(branch: Callable[..., Tensor]) -> bool:
+    """Whether there is a BatchNorm, which refuses to take the statistics of a single sample."""
     module = module_of(branch)
-    if samples.taken_from.shape[0] > 1 or size == 1 or module is None:
-        return samples
-    if not any(isinstance(m, _BatchNorm) and m.training for m in module.modules()):
-        return samples
-    other = (samples.taken_from + 1) % size
-    return samples._replace(
-        taken_from=torch.cat([samples.taken_from, other]),
-        kept=torch.cat([samples.kept, torch.full_like(other, -1)]),
-    )
+    return module is not None and any(isinstance(m, _BatchNorm) and m.training for m in module.modules())
 
 
 def fixed_count(size: int, drop_prob: float) -> int:
@@ -95,6 +87,7 @@ def _highest_rates(size: int) -> list[float]:
 
 def draw_samples(
     x: Tensor,
+    branch: Callable[..., Tensor],
     drop_prob: float,
     scale_by_keep: bool,
     sampling: str,
@@ -104,16 +97,21 @@ def draw_samples(
 ) -> tuple[Samples | None, float]:
     """Draw which samples of x are kept, None for all of them; and the scale of the branch. x has samples."""
     if sampling == "fixed" and keep is None:
-        return _draw_fixed(x, drop_prob, scale_by_keep, generator)
+        return _draw_fixed(x, branch, drop_prob, scale_by_keep, generator)
     if is_compiling():
-        samples, scale = _find_samples_between_graphs(x, drop_prob, scale_by_keep, mode, keep, generator)
+        samples, scale = _find_samples_between_graphs(x, branch, drop_prob, scale_by_keep, mode, keep, generator)
         return samples, scale
-    samples, count = _find_samples(x, drop_prob, mode, keep, generator)
+    samples, count = _find_samples(x, branch, drop_prob, mode, keep, generator)
     return samples if count < x.shape[0] else None, reference.keep_scale(drop_prob, scale_by_keep)
 
 
 def _find_samples(
-    x: Tensor, drop_prob: float, mode: str, keep: Tensor | None, generator: Generator | None
+    x: Tensor,
+    branch: Callable[..., Tensor],
+    drop_prob: float,
+    mode: str,
+    keep: Tensor | None,
+    generator: Generator | None,
 ) -> tuple[Samples, int]:
     """The samples that the mask names, or else those of a draw on the host; and how many are kept."""
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -128,7 +126,7 @@ def _find_samples(
         if keep is None:
             keep = torch.tensor([_draw_bernoulli(1, drop_prob, torch.device("cpu"), generator)[2] == 1])
         slots, kept, count = _C.index_kept(keep.cpu().expand(size).contiguous(), x.device)
-    return _samples(slots, kept, any_kept=count > 0), count
+    return _samples(slots, kept, branch, count > 0), count
 
 
 def _draw_bernoulli(
@@ -152,10 +150,16 @@ def _draw_bernoulli(
 
 @torch.compiler.disable(reason="the number of kept samples is drawn on the host, and decides the shapes behind it")  # type: ignore[untyped-decorator]
 def _find_samples_between_graphs(
-    x: Tensor, drop_prob: float, scale_by_keep: bool, mode: str, keep: Tensor | None, generator: Generator | None
+    x: Tensor,
+    branch: Callable[..., Tensor],
+    drop_prob: float,
+    scale_by_keep: bool,
+    mode: str,
+    keep: Tensor | None,
+    generator: Generator | None,
 ) -> tuple[Samples, float]:
     """What follows is compiled once for all numbers of kept samples but 1, a whole batch included."""
-    samples, _ = _find_samples(x, drop_prob, mode, keep, generator)
+    samples, _ = _find_samples(x, branch, drop_prob, mode, keep, generator)
     if samples.taken_from is samples.kept:  # else a graph would be for batches of which a sample is kept alone
         samples = samples._replace(taken_from=samples.kept.clone())
     for index in (samples.taken_from, samples.kept, samples.slots):  # the batch may be dynamic, too
@@ -164,7 +168,11 @@ def _find_samples_between_graphs(
 
 
 def _draw_fixed(
-    x: Tensor, drop_prob: float, scale_by_keep: bool, generator: Generator | None
+    x: Tensor,
+    branch: Callable[..., Tensor],
+    drop_prob: float,
+    scale_by_keep: bool,
+    generator: Generator | None,
 ) -> tuple[Samples | None, float]:
     size = x.shape[0]
     count = fixed_count(size, drop_prob)
@@ -175,11 +183,17 @@ def _draw_fixed(
         slots = torch.full((size,), -1, device=x.device)
         kept = slots[:1]
     else:
-        slots, kept = reference.draw_fixed(x, count, generator)
-    return _samples(slots, kept, any_kept=count > 0), scale
+        drawn = None if is_compiling() else _C.draw_fixed(x, count, generator)
+        slots, kept = reference.draw_fixed(x, count, generator) if drawn is None else drawn
+    return _samples(slots, kept, branch, count > 0), scale
 
 
-def _samples(slots: Tensor, kept: Tensor, *, any_kept: bool) -> Samples:
+def _samples(slots: Tensor, kept: Tensor, branch: Callable[..., Tensor], any_kept: bool) -> Samples:
     # kept == [-1], all dropped, is possible only where K == 1; testing K needs no synchronisation.
-    taken_from = kept if kept.shape[0] > 1 else kept.clamp(min=0)
+    if kept.shape[0] > 1:
+        return Samples(kept, kept, slots)
+    taken_from, size = kept.clamp(min=0), slots.shape[0]
+    if size > 1 and _takes_batch_statistics(branch):
+        other = (taken_from + 1) % size
+        taken_from, kept = torch.cat([taken_from, other]), torch.cat([kept, torch.full_like(other, -1)])
     return Samples(taken_from, kept, slots, any_kept)

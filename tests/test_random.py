@@ -33,7 +33,7 @@ def _draw(device, path, count, drop_prob, generator=None):
     """One keep mask of `count` samples, as the path under test draws it."""
     x = torch.ones(count, 1, device=device)
     if path == "composite":
-        return reference.draw_keep_mask(x, drop_prob, "row", generator).flatten()
+        return reference.draw_keep_mask_in_aten(x, drop_prob, "row", generator).flatten()
     return kept_samples(drop_path(x, drop_prob, training=True, generator=generator))
 
 
