@@ -247,10 +247,13 @@ std::tuple<at::Tensor, at::Tensor> drop_path_add_autograd(const at::Tensor& x, c
 
 // The ops of given sources are differentiated in ATen: right for any index, also one that names a sample twice.
 
-// x * scale * factor, of the dtype of x.
+// x * scale * factor, of the dtype of x, rounded once.
 at::Tensor scaled(const at::Tensor& x, double scale, const std::optional<at::Tensor>& factor) {
-  const at::Tensor product = at::mul(x, scale);
-  return factor ? at::mul(product, factor->to(x.scalar_type())) : product;
+  if (!factor) {
+    return at::mul(x, scale);
+  }
+  const auto opmath = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  return at::mul(at::mul(x.to(opmath), scale), factor->to(opmath)).to(x.scalar_type());
 }
 
 at::Tensor scale_kept_autograd(const at::Tensor& x, const at::Tensor& sources, double scale,

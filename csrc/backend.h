@@ -19,7 +19,7 @@ struct Sources {
   bool is_drawn = false;
   double drop_prob = 0;
   std::optional<at::Generator> generator = std::nullopt;
-  // Not on the CPU: the scale that a pass is given is multiplied by this, float64 [], if it is defined.
+  // The scale that a pass is given is multiplied by this, float64 [], if it is defined.
   at::Tensor factor;
 
   bool is_index() const { return droppath_ext::is_index(tensor); }

@@ -116,12 +116,17 @@ std::optional<at::Tensor> scatter_add(py::handle y, py::handle residual, py::han
                                    scale, factor);
 }
 
+struct WithoutTransforms : c10::impl::ExcludeDispatchKeyGuard {
+  WithoutTransforms()
+      : ExcludeDispatchKeyGuard(c10::DispatchKeySet{c10::DispatchKey::FuncTorchDynamicLayerFrontMode,
+                                                    c10::DispatchKey::FuncTorchDynamicLayerBackMode}) {}
+};
+
 // What is drawn knows of x only how many samples it has, and where: it is what it is at every level of torch.func.
 template <typename F>
 auto draw_for(const at::Tensor& x, const F& draw) {
   py::gil_scoped_release no_gil;
-  const c10::impl::ExcludeDispatchKeyGuard guard(c10::DispatchKeySet{c10::DispatchKey::FuncTorchDynamicLayerFrontMode,
-                                                                     c10::DispatchKey::FuncTorchDynamicLayerBackMode});
+  const WithoutTransforms guard;
   return draw(at::empty_symint({x.sym_size(0)}, at::TensorOptions().dtype(at::kFloat).device(x.device())));
 }
 
@@ -161,15 +166,17 @@ std::optional<at::Tensor> scale_kept(py::handle x, py::handle keep, double scale
 }
 
 std::tuple<at::Tensor, at::Tensor, int64_t> draw_bernoulli(int64_t size, double drop_prob, at::Device device,
-                                                           const std::optional<at::Generator>& generator) {
+                                                           const std::optional<at::Generator>& generator,
+                                                           bool per_sample) {
   droppath_ext::check_drop_prob(drop_prob);
   py::gil_scoped_release no_gil;
-  return droppath_ext::draw_bernoulli(size, drop_prob, device, generator);
+  return droppath_ext::draw_bernoulli(size, drop_prob, device, generator, per_sample);
 }
 
-std::tuple<at::Tensor, at::Tensor, int64_t> index_kept(const at::Tensor& keep, at::Device device) {
+std::tuple<at::Tensor, at::Tensor, int64_t> index_kept(const at::Tensor& keep, int64_t size, at::Device device) {
   py::gil_scoped_release no_gil;
-  return droppath_ext::index_kept(keep, device);
+  const WithoutTransforms guard;
+  return droppath_ext::index_kept(keep.cpu().contiguous(), size, device);
 }
 
 std::optional<std::tuple<at::Tensor, at::Tensor>> draw_fixed(py::handle x, int64_t count,
@@ -229,13 +236,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("draw_keep_at", &draw_keep_at, py::arg("x"), py::arg("drop_prob"), py::arg("scale_by_keep"),
         py::arg("per_sample"), py::arg("generator") = py::none());
   m.def("scale_kept", &scale_kept, py::arg("x"), py::arg("keep"), py::arg("scale"), py::arg("factor") = py::none());
-  m.def("index_kept", &index_kept, py::arg("keep"), py::arg("device"));
+  m.def("index_kept", &index_kept, py::arg("keep"), py::arg("size"), py::arg("device"));
   m.def("gather", &gather, py::arg("x"), py::arg("index"), py::arg("inverse"));
   m.def("scatter_add", &scatter_add, py::arg("y"), py::arg("residual"), py::arg("gamma"), py::arg("slots"),
         py::arg("kept"), py::arg("scale"), py::arg("factor") = py::none());
   m.def("add_kept_", &droppath_ext::add_kept_, py::arg("residual"), py::arg("x"), py::arg("slots"));
   m.def("draw_bernoulli", &draw_bernoulli, py::arg("size"), py::arg("drop_prob"), py::arg("device"),
-        py::arg("generator") = py::none());
+        py::arg("generator") = py::none(), py::arg("per_sample") = true);
   m.def("draw_fixed", &draw_fixed, py::arg("x"), py::arg("count"), py::arg("generator") = py::none());
   m.def("draw_fixed_for", &draw_fixed_for, py::arg("x"), py::arg("count"), py::arg("generator") = py::none());
   m.def("fixed_slots", &fixed_slots, py::arg("seed"), py::arg("offset"), py::arg("size"), py::arg("count"));

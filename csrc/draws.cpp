@@ -53,18 +53,19 @@ void draw_fixed(const at::Tensor& slots, const at::Tensor& kept, uint64_t seed, 
 }
 
 std::tuple<at::Tensor, at::Tensor, int64_t> draw_bernoulli(int64_t size, double drop_prob, at::Device device,
-                                                           const std::optional<at::Generator>& generator) {
+                                                           const std::optional<at::Generator>& generator,
+                                                           bool per_sample) {
   // Drawn through the dispatcher, so that vmap's randomness= is enforced.
   const at::Tensor seed = at::empty({}, at::kLong).random_(INT64_MIN, /*to=*/std::nullopt, generator);
-  const at::Tensor keep = at::detail::empty_cpu({size}, at::kBool);
+  const at::Tensor keep = at::detail::empty_cpu({per_sample ? size : 1}, at::kBool);
   draw_keep_mask(keep, seed.item<int64_t>(), /*offset=*/0, drop_prob);
-  return index_kept(keep, device);
+  return index_kept(keep, size, device);
 }
 
-std::tuple<at::Tensor, at::Tensor, int64_t> index_kept(const at::Tensor& keep, at::Device device) {
-  const int64_t size = keep.numel();
+std::tuple<at::Tensor, at::Tensor, int64_t> index_kept(const at::Tensor& keep, int64_t size, at::Device device) {
+  const bool is_one = keep.numel() == 1;
   const auto* is_kept = keep.const_data_ptr<bool>();
-  const int64_t count = std::count(is_kept, is_kept + size, true);
+  const int64_t count = is_one ? (is_kept[0] ? size : 0) : std::count(is_kept, is_kept + size, true);
   const int64_t taken = std::max<int64_t>(count, 1);
   // Both in one buffer, for one copy to the device. Nobody waits for it if the memory is pinned, as torch pins it for
   // CUDA: the copy reads it later, when it may have been freed otherwise.
@@ -72,7 +73,7 @@ std::tuple<at::Tensor, at::Tensor, int64_t> index_kept(const at::Tensor& keep, a
   at::Tensor buffer = at::detail::empty_cpu({size + taken}, at::kLong, is_pinned);
   auto* slots = buffer.mutable_data_ptr<int64_t>();
   slots[size] = kDropped;
-  fill_slots(size, slots, slots + size, [&](int64_t sample) { return is_kept[sample]; });
+  fill_slots(size, slots, slots + size, [&](int64_t sample) { return is_kept[is_one ? 0 : sample]; });
   if (!device.is_cpu()) {
     buffer = buffer.to(device, at::kLong, /*non_blocking=*/is_pinned);
   }

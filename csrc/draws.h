@@ -50,13 +50,14 @@ C10_HOST_DEVICE inline uint64_t draw_key(uint64_t seed, uint64_t offset, uint64_
 void draw_keep_mask(const at::Tensor& keep, uint64_t seed, uint64_t offset, double drop_prob);
 void draw_fixed(const at::Tensor& slots, const at::Tensor& kept, uint64_t seed, uint64_t offset);
 
-// What a keep mask on the CPU, [samples], says, the number of kept samples last: the place of each sample among the
-// kept ones, -1 if it is dropped, [samples]; and the kept ones, or -1 if there is none, [max(kept, 1)]. int64, on the
-// device.
-std::tuple<at::Tensor, at::Tensor, int64_t> index_kept(const at::Tensor& keep, at::Device device);
+// What a keep mask, [samples] or [1] for all of them, says, the number of kept samples last: the place of each sample
+// among the kept ones, -1 if it is dropped, [samples]; and the kept ones, or -1 if there is none, [max(kept, 1)].
+// int64, on the device.
+std::tuple<at::Tensor, at::Tensor, int64_t> index_kept(const at::Tensor& keep, int64_t size, at::Device device);
 
-// The same of independent draws on the host, so that the number is known at once.
+// The same of independent draws on the host, or of one, so that the number is known at once.
 std::tuple<at::Tensor, at::Tensor, int64_t> draw_bernoulli(int64_t size, double drop_prob, at::Device device,
-                                                           const std::optional<at::Generator>& generator);
+                                                           const std::optional<at::Generator>& generator,
+                                                           bool per_sample);
 
 }  // namespace droppath_ext

@@ -78,16 +78,11 @@ std::tuple<at::Tensor, at::Tensor> draw_keep_op(const at::Tensor& x, const at::T
   return {std::move(keep), std::move(factor)};
 }
 
-// The host knows a factor on the CPU; that of another device goes to the kernel.
-Sources given_sources(const at::Tensor& sources, const std::optional<at::Tensor>& factor, double& scale) {
+Sources given_sources(const at::Tensor& sources, const std::optional<at::Tensor>& factor) {
   Sources given{sources.contiguous()};
   if (factor) {
     check_factor(*factor, sources);
-    if (factor->is_cpu()) {
-      scale *= factor->item<double>();
-    } else {
-      given.factor = *factor;
-    }
+    given.factor = *factor;
   }
   return given;
 }
@@ -96,7 +91,7 @@ at::Tensor scale_kept_op(const at::Tensor& x, const at::Tensor& sources, double 
                          const std::optional<at::Tensor>& factor) {
   check_input(x, "x");
   check_sources(sources, x);
-  const Sources given = given_sources(sources, factor, scale);
+  const Sources given = given_sources(sources, factor);
   at::Tensor out =
       is_index(sources) ? allocate_samples(x, sources.sym_size(0), x.scalar_type()) : allocate_like(x, x.scalar_type());
   run_add_kept(out, std::nullopt, x, std::nullopt, given, scale);
@@ -106,7 +101,7 @@ at::Tensor scale_kept_op(const at::Tensor& x, const at::Tensor& sources, double 
 at::Tensor add_kept_op(const at::Tensor& x, const at::Tensor& residual, const std::optional<at::Tensor>& gamma,
                        const at::Tensor& sources, double scale, const std::optional<at::Tensor>& factor) {
   check_add_kept_inputs(x, residual, gamma, sources);
-  const Sources given = given_sources(sources, factor, scale);
+  const Sources given = given_sources(sources, factor);
   at::Tensor out = allocate_like(residual, add_dtype(x, residual, gamma));
   run_add_kept(out, residual, x, gamma, given, scale);
   return out;
@@ -130,7 +125,7 @@ std::tuple<at::Tensor, at::Tensor> add_kept_backward_op(const at::Tensor& given_
   if (grad.is_meta()) {
     return {std::move(grad_x), std::move(grad_gamma)};
   }
-  const Sources given = given_sources(sources, factor, scale);
+  const Sources given = given_sources(sources, factor);
   if (needs_gamma && x->numel() != 0) {
     const at::Tensor layout = needs_x ? grad_x : dense_layout_of(is_index(sources) ? *x : grad);
     backend_of(grad.device().type()).gamma_grad(layout, needs_x, grad_gamma, grad, *x, *gamma, given, scale);

@@ -72,11 +72,13 @@ def check_dim(dim: int, x: Tensor) -> None:
 
 
 def check_keep(keep: Tensor, size: int, generator: Generator | None) -> None:
-    """Raise unless ``keep`` is a mask of ``size`` samples, and takes the place of a draw."""
+    """Raise unless ``keep`` is a mask of ``size`` samples, and takes the place of a draw. Where it is, is not asked."""
     if not isinstance(keep, Tensor):
         raise TypeError(f"keep must be a Tensor, but got {type(keep).__name__}")
     if keep.dtype is not torch.bool:
         raise TypeError(f"keep must be bool, but got {str(keep.dtype).removeprefix('torch.')}")
+    if keep.layout is not torch.strided:
+        raise TypeError(f"keep must be a dense tensor, but got one of layout {keep.layout}")
     if keep.shape not in ((size,), (1,)):
         raise ValueError(f"keep must have an entry for each of the {size} samples, or one, but got {list(keep.shape)}")
     if generator is not None:
@@ -127,19 +129,27 @@ def check_device(tensor: Tensor, name: str, x: Tensor) -> None:
         raise ValueError(f"{name} must be on {x.device}, where x is, but got {tensor.device}")
 
 
-def check_gamma(gamma: Tensor, x: Tensor) -> None:
+def check_kind(tensor: Tensor, name: str, x: Tensor) -> None:
+    """Raise where a DTensor meets a plain tensor."""
+    if is_compiling() or is_dtensor(tensor) == is_dtensor(x):
+        return
+    if is_dtensor(x):
+        raise TypeError(
+            f"{name} must be a DTensor, for x is one, but got a plain tensor: "
+            f"torch.distributed.tensor.distribute_tensor({name}, x.device_mesh) makes it one"
+        )
+    raise TypeError(f"{name} must be a plain tensor, for x is one, but got a DTensor: use {name}.full_tensor()")
+
+
+def check_gamma(gamma: Tensor, x: Tensor, sample_dim: int = 0) -> None:
     """Raise unless gamma can be multiplied with each sample of x."""
     check_dtype(gamma, "gamma")
     check_device(gamma, "gamma", x)
-    if not is_compiling() and is_dtensor(x) and not is_dtensor(gamma):
-        raise TypeError(
-            "gamma must be a DTensor, for x is one, but got a plain tensor: "
-            "torch.distributed.tensor.distribute_tensor(gamma, x.device_mesh) makes it one"
-        )
-    check_gamma_shape(gamma, x)
+    check_kind(gamma, "gamma", x)
+    check_gamma_shape(gamma, x, sample_dim)
 
 
-def check_gamma_shape(gamma: Tensor, x: Tensor) -> None:
+def check_gamma_shape(gamma: Tensor, x: Tensor, sample_dim: int = 0) -> None:
     """Raise unless gamma has one element, or one for each index of one dimension of a sample of x and size 1 elsewhere.
 
     Also compiled by torch.jit.script, hence the loops.
@@ -150,8 +160,10 @@ def check_gamma_shape(gamma: Tensor, x: Tensor) -> None:
         if size != 1:
             long += 1
     fits = long == 0
+    if sample_dim < 0:
+        sample_dim += x.ndim
     for dim, size in enumerate(gamma.shape):
-        if long == 1 and size != 1 and first + dim > 0 and size == x.shape[first + dim]:
+        if long == 1 and size != 1 and first + dim != sample_dim and size == x.shape[first + dim]:
             fits = True
     if first < 0 or not fits:
         raise ValueError(
@@ -165,6 +177,7 @@ def check_add_inputs(x: Tensor, residual: Tensor, gamma: Tensor | None) -> None:
     check_input(x)
     check_input(residual, "residual")
     check_device(residual, "residual", x)
+    check_kind(residual, "residual", x)
     if residual.shape != x.shape:
         raise ValueError(
             f"residual must have the shape of x, {list(x.shape)}, but got {list(residual.shape)}: "
@@ -207,9 +220,13 @@ def check_batched(batched: Sequence[Tensor | None], x: Tensor, dim: int = 0) -> 
 
 
 def check_not_recomputed(generator: Generator | None) -> None:
-    """Raise if a generator is given in what torch.utils.checkpoint will compute again: it would draw another mask."""
+    """Raise unless ``generator`` is one, or if torch.utils.checkpoint will draw from it again: another mask."""
+    if generator is None:
+        return
+    if not isinstance(generator, Generator):
+        raise TypeError(f"generator must be a torch.Generator, but got {type(generator).__name__}")
     checkpoint = sys.modules.get("torch.utils.checkpoint")
-    if generator is None or checkpoint is None or is_compiling():
+    if checkpoint is None or is_compiling():
         return
     frame = inspect.currentframe()
     while frame is not None:

@@ -21,6 +21,7 @@ from .checks import (
     check_generator,
     check_input,
     check_keep,
+    check_kind,
     check_mode,
     check_not_recomputed,
     check_output,
@@ -33,6 +34,7 @@ from .sampling import Samples, buffers_kept, draw_samples, module_of
 from .tracing import (
     is_recorded,
     record,
+    scripted_draw_keep,
     scripted_drop_path,
     scripted_drop_path_add,
     scripted_stochastic_depth,
@@ -129,23 +131,28 @@ def _drop_path(
     """``drop_path`` of whatever it can be called with."""
     check_mode(mode)
     is_nothing = not training or (keep is None and isinstance(drop_prob, float) and drop_prob == 0.0)
-    if not is_compiling() and is_recorded(x, keep, drop_prob):
+    if not is_compiling() and is_recorded(x, keep):
         if is_nothing:
             return x
         options = {"mode": mode, "dim": dim, "keep": keep, "generator": generator}
-        return record(drop_path, (x, keep, drop_prob), x, drop_prob, training, scale_by_keep, **options)
+        return record(drop_path, (x, keep), x, drop_prob, training, scale_by_keep, **options)
     if dim != 0 or keep is not None:
         check_input(x)
-        _check_samples(x, dim, keep, generator)
+        dim = _checked_dim(x, dim, keep, generator)
     if is_nothing:
         return x
+    if keep is not None:
+        check_device(keep, "keep", x)
+        check_kind(keep, "keep", x)
     if dim != 0:
         return _drop_path(x.movedim(dim, 0), drop_prob, True, scale_by_keep, mode, 0, keep, generator).movedim(0, dim)
     if isinstance(drop_prob, Tensor):
         drop_prob = _known_rate(drop_prob, x)
     if not is_compiling():
         check_not_recomputed(generator)
-        if not isinstance(drop_prob, float):
+        if is_jit_tracing():  # which shall see ATen ops
+            out = None
+        elif not isinstance(drop_prob, float):
             drawn = _draw_at(x, drop_prob, scale_by_keep, mode, keep, generator)
             out = None if drawn is None else _C.scale_kept(x, drawn[0], 1.0, drawn[1])
         elif keep is None:
@@ -158,11 +165,12 @@ def _drop_path(
     return reference.drop_path(x, drop_prob, scale_by_keep, mode, generator, keep)
 
 
-def _check_samples(x: Tensor, dim: int, keep: Tensor | None, generator: Generator | None) -> None:
-    """Raise unless x has this dim, and keep, if there is one, a mask of its samples."""
+def _checked_dim(x: Tensor, dim: int, keep: Tensor | None, generator: Generator | None) -> int:
+    """The sample dimension, counted from the front. Raise unless x has it, and keep, if given, is a mask of samples."""
     check_dim(dim, x)
     if keep is not None:
         check_keep(keep, x.shape[dim], generator)
+    return dim % x.ndim
 
 
 def _draw_at(
@@ -172,14 +180,14 @@ def _draw_at(
     if not _C.uses_fused_path(x) or not _C.uses_fused_path(drop_prob):
         return None
     if keep is not None:
-        return keep, reference.clamped_keep_scale(reference.clamped(drop_prob), scale_by_keep).double()
+        return keep, reference.clamped_keep_scale(reference.clamped(drop_prob).double(), scale_by_keep)
     return _C.draw_keep_at(x, reference.rate_of(drop_prob), scale_by_keep, mode == "row", generator)
 
 
 def _known_rate(drop_prob: Tensor, x: Tensor) -> float | Tensor:
     """The rate as a number if the host knows it, that is on the CPU; clamped as there."""
     if drop_prob.is_cpu and not is_compiling() and not is_jit_tracing() and _C.uses_fused_path(drop_prob):
-        p = float(drop_prob)
+        p = float(drop_prob.detach())
         return min(max(p, 0.0), 1.0) if p == p else 0.0
     check_device(drop_prob, "drop_prob", x)
     return drop_prob
@@ -271,15 +279,18 @@ def _drop_path_add(
 ) -> Tensor:
     """``drop_path_add`` of whatever it can be called with."""
     check_mode(mode)
-    tensors = (x, residual, gamma, keep, drop_prob)
+    tensors = (x, residual, gamma, keep)
     if not is_compiling() and is_recorded(*tensors):
         options = {"gamma": gamma, "mode": mode, "dim": dim, "keep": keep, "generator": generator}
         return record(drop_path_add, tensors, x, residual, drop_prob, training, scale_by_keep, **options)
     if dim != 0 or keep is not None:
         check_add_inputs(x, residual, None)
-        _check_samples(x, dim, keep, generator)
+        dim = _checked_dim(x, dim, keep, generator)
     if not training:
         drop_prob, keep = 0.0, None
+    if keep is not None:
+        check_device(keep, "keep", x)
+        check_kind(keep, "keep", x)
     if dim != 0:
         first = (x.movedim(dim, 0), residual.movedim(dim, 0))
         gamma = _samples_first(gamma, x, dim)
@@ -290,7 +301,9 @@ def _drop_path_add(
     if not is_compiling() and (drops or not is_jit_tracing()):
         if drops:
             check_not_recomputed(generator)
-        if not isinstance(drop_prob, float):
+        if is_jit_tracing():
+            out = None
+        elif not isinstance(drop_prob, float):
             drawn = _draw_at(x, drop_prob, scale_by_keep, mode, keep, generator)
             out = None if drawn is None else _C.scatter_add(x, residual, gamma, drawn[0], drawn[0], 1.0, drawn[1])
         elif keep is None:
@@ -308,10 +321,10 @@ def _samples_first(gamma: Tensor | None, x: Tensor, dim: int) -> Tensor | None:
     """gamma for x with ``dim`` moved to the front."""
     if gamma is None:
         return None
-    if gamma.ndim <= x.ndim:
-        gamma = gamma.reshape([1] * (x.ndim - gamma.ndim) + list(gamma.shape)).movedim(dim, 0)
-    check_gamma(gamma, x.movedim(dim, 0))
-    return gamma
+    check_gamma(gamma, x, dim)
+    if gamma.ndim == 0:  # which widens no dtype
+        return gamma
+    return gamma.reshape([1] * (x.ndim - gamma.ndim) + list(gamma.shape)).movedim(dim, 0)
 
 
 @scripts_as(scripted_stochastic_depth)
@@ -349,7 +362,8 @@ def stochastic_depth(
             where nothing is dropped.
         branch: Called once, as ``branch(taken, *batched_taken)`` with the K kept samples, [K, ...]. Returns a tensor of
             that shape, of any such dtype and layout. It must not write to its input, nor to x.
-        drop_prob: Probability p in [0, 1] that a sample is dropped; a number, or a 0-dim tensor on the CPU.
+        drop_prob: Probability p in [0, 1] that a sample is dropped; a number, or a 0-dim tensor on the CPU that
+            holds one.
         training: If False, nothing is dropped.
         scale_by_keep: Scale the branch by 1 / keep probability, so that its expectation is gamma * branch(x).
         gamma: LayerScale's weight, along one dim of a sample: [D] for the last dim, [C, 1, 1] for the channels of
@@ -361,7 +375,7 @@ def stochastic_depth(
             the device, and varies. If all samples are dropped the branch still runs, on the first one, a stand-in that
             counts for nothing: every parameter gets a gradient, zero if the branch is finite there, as distributed
             training needs; x has none through the branch, not even through what it computes beside its output; and if
-            the branch is a module or a method of one, its buffers stay as they are.
+            the branch is a module or a method of one, its buffers stay as they are, in eager mode.
             "fixed": K = max(1, round(B * (1 - p))) distinct samples, drawn on the device of x, scaled by B / K. Nothing
             depends on the host, so CUDA graphs capture it, and shapes are static. The effective drop rate is 1 - K / B,
             never 1 for p < 1; samples are not independent. With p = 1 all are dropped.
@@ -405,7 +419,7 @@ def stochastic_depth(
         return record(stochastic_depth, (x, gamma, keep), x, branch, drop_prob, training, scale_by_keep, **options)
     check_input(x)
     if dim != 0 or keep is not None:
-        _check_samples(x, dim, keep, generator)
+        dim = _checked_dim(x, dim, keep, generator)
     if generator is not None:
         check_generator(generator, sampling, x)
     first = x
@@ -448,8 +462,14 @@ def stochastic_depth(
     return _scatter_add(y.movedim(dim, 0), residual, gamma, samples, scale).movedim(0, dim)
 
 
+@scripts_as(lambda: scripted_draw_keep)
 def draw_keep(
-    x: Tensor, drop_prob: float | Tensor, mode: str = "row", dim: int = 0, generator: Generator | None = None
+    x: Tensor,
+    drop_prob: float | Tensor,
+    mode: str = "row",
+    generator: Generator | None = None,
+    *,
+    dim: int = 0,
 ) -> Tensor:
     """Draw a mask to be given as ``keep`` to several calls: which samples of x are kept.
 
@@ -459,20 +479,25 @@ def draw_keep(
         x: Tensor [B, ...] of which only the number of samples and the device count.
         drop_prob: Probability p in [0, 1] that a sample is dropped; or a 0-dim tensor on the device of x.
         mode: "row" draws for each sample, "batch" once for the whole batch.
-        dim: Which dim of x counts the samples.
         generator: Random number generator of x's device. Default: torch's own.
+        dim: Which dim of x counts the samples.
 
     Returns:
         Tensor of bool, [B], or [1] if ``mode`` is "batch", on the device of x.
 
     Raises:
         ValueError: ``drop_prob`` is a number outside [0, 1], ``mode`` is unknown, or x has not this ``dim``.
-        TypeError: x is not of a floating-point dtype, or ``drop_prob`` is neither a number nor a 0-dim tensor.
+        TypeError: ``drop_prob`` is neither a number nor a 0-dim tensor.
+        RuntimeError: A generator is given inside ``torch.utils.checkpoint``, which would not restore its state.
     """
     drop_prob = checked_drop_prob(drop_prob)
     check_mode(mode)
-    check_input(x)
+    if not is_compiling() and is_recorded(x):
+        return record(draw_keep, (x,), x, drop_prob, mode, generator, dim=dim)
+    if x.ndim == 0:
+        raise ValueError("x must have at least one dimension, the samples, but got a 0-dim tensor")
     check_dim(dim, x)
+    check_not_recomputed(generator)
     if isinstance(drop_prob, Tensor):
         drop_prob = _known_rate(drop_prob, x)
         drop_prob = reference.clamped(drop_prob) if isinstance(drop_prob, Tensor) else drop_prob
@@ -488,14 +513,16 @@ def _gather(x: Tensor, samples: Samples) -> tuple[Tensor, Tensor]:
     """The taken samples of x, and x: to be used in place of x where the gradients of both shall meet in one pass."""
     if x.dtype not in DTYPES:
         return x.index_select(0, samples.taken_from), x
-    pair = None if is_compiling() else _C.gather(x, samples.taken_from, samples.slots)
-    return (reference.gather(x, samples.taken_from, samples.slots), x) if pair is None else pair
+    pair = None if is_compiling() else _C.gather(x, samples.taken_from, samples.places)
+    return (reference.gather(x, samples.taken_from, samples.places), x) if pair is None else pair
 
 
 def _taken(tensor: Tensor | None, samples: Samples, dim: int) -> Tensor | None:
     """The taken samples of a tensor of ``batched``."""
-    if tensor is None or dim == 0:
-        return None if tensor is None else _gather(tensor, samples)[0]
+    if tensor is None:
+        return None
+    if dim == 0:
+        return _gather(tensor, samples)[0]
     return _gather(tensor.movedim(dim, 0), samples)[0].movedim(0, dim)
 
 

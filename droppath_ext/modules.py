@@ -34,7 +34,8 @@ class DropPath(nn.Module):
     """``drop_path`` as a module, a drop-in for ``timm.layers.DropPath``: drops samples in training only.
 
     Args:
-        drop_prob: Probability in [0, 1] that a sample is dropped; a 0-dim tensor becomes a buffer.
+        drop_prob: Probability in [0, 1] that a sample is dropped; a 0-dim tensor becomes a buffer, to be filled in
+            place. Modules that are built with one tensor share it until they are moved.
         scale_by_keep: Scale kept samples by 1 / (1 - drop_prob).
         mode: "row" draws for each sample, "batch" once for the whole batch.
         sample_dim: Which dim of x counts the samples.
@@ -45,6 +46,8 @@ class DropPath(nn.Module):
 
     if TYPE_CHECKING:  # torch.jit.script would read it, and knows no such union
         drop_prob: float | Tensor
+
+    sample_dim = 0  # of modules that were pickled without it
 
     def __init__(
         self, drop_prob: float | Tensor = 0.0, scale_by_keep: bool = True, mode: str = "row", sample_dim: int = 0
@@ -67,12 +70,14 @@ class LayerScaled(nn.Module):
     """What the modules with a LayerScale weight share: the parameter ``gamma``, or None."""
 
     gamma: nn.Parameter | None
+    channels_first, sample_dim, mode = False, 0, "row"  # of modules that were pickled without them
 
     def __init__(
         self,
         dim: int | Sequence[int] | None,
         init_values: float | None,
         channels_first: bool,
+        sample_dim: int,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
@@ -80,6 +85,8 @@ class LayerScaled(nn.Module):
             raise ValueError(f"dim and init_values go together, but got dim={dim} and init_values={init_values}")
         if channels_first and not isinstance(dim, int):
             raise ValueError(f"channels_first needs the number of channels as dim, but got dim={dim}")
+        if channels_first and sample_dim == 1:
+            raise ValueError("channels_first means that dim 1 counts channels, but got sample_dim=1")
         super().__init__()
         self.init_values = init_values
         self.channels_first = channels_first
@@ -142,7 +149,7 @@ class DropPathAdd(LayerScaled):
         dtype: torch.dtype | None = None,
     ) -> None:
         check_mode(mode)
-        super().__init__(dim, init_values, channels_first, device, dtype)
+        super().__init__(dim, init_values, channels_first, sample_dim, device, dtype)
         _set_drop_prob(self, drop_prob)
         self.scale_by_keep = scale_by_keep
         self.mode = mode
@@ -203,7 +210,7 @@ class StochasticDepth(LayerScaled):
         check_branch(branch)
         check_sampling(sampling)
         check_mode(mode)
-        super().__init__(dim, init_values, channels_first, device, dtype)
+        super().__init__(dim, init_values, channels_first, sample_dim, device, dtype)
         self.branch = branch
         self.drop_prob = checked_host_drop_prob(drop_prob, "StochasticDepth")
         self.scale_by_keep = scale_by_keep

@@ -187,13 +187,13 @@ def drop_path(
         return apply_keep_mask(x, keep, keep_scale(drop_prob, scale_by_keep))
     rate = clamped(drop_prob)
     keep = draw_keep_mask(x, rate, mode, generator) if keep is None else keep
-    return mask_dropped(_scaled(x, rate, scale_by_keep), keep, 0.0).to(x.dtype)
+    return mask_dropped(_scaled(x, rate, scale_by_keep, x.dtype), keep, 0.0).to(x.dtype)
 
 
-def _scaled(x: Tensor, rate: Tensor, scale_by_keep: bool) -> Tensor:
-    """x times the scale, not rounded to the dtype of x."""
-    opmath = torch.float64 if x.dtype is torch.float64 else torch.float32
-    return x.to(opmath) * clamped_keep_scale(rate, scale_by_keep).to(opmath)
+def _scaled(x: Tensor, rate: Tensor, scale_by_keep: bool, dtype: torch.dtype) -> Tensor:
+    """x times the scale, computed as what becomes of this dtype, and not rounded to it."""
+    opmath = torch.float64 if dtype is torch.float64 else torch.float32
+    return x.to(opmath) * clamped_keep_scale(rate.to(opmath), scale_by_keep)
 
 
 def drop_path_add(
@@ -214,5 +214,5 @@ def drop_path_add(
         return add_kept(x, residual, gamma, keep, keep_scale(drop_prob, scale_by_keep))
     rate = clamped(drop_prob)
     keep = draw_keep_mask(x, rate, mode, generator) if keep is None else keep
-    scaled = _scaled(x, rate, scale_by_keep)
-    return add_kept(scaled, residual, gamma, keep, 1.0).to(add_dtype(x, residual, gamma))
+    dtype = add_dtype(x, residual, gamma)
+    return add_kept(_scaled(x, rate, scale_by_keep, dtype), residual, gamma, keep, 1.0).to(dtype)

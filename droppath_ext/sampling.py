@@ -1,8 +1,10 @@
 """Which samples ``stochastic_depth`` computes: drawn on the host ("bernoulli") or on the device ("fixed")."""
 
 import contextlib
+import functools
 import math
 import operator
+import threading
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -10,6 +12,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
 from . import reference
 from ._native import _C
@@ -25,34 +28,59 @@ class Samples(NamedTuple):
     taken_from: Tensor  # int64 [K]: the sample that each of the taken is
     kept: Tensor  # int64 [K]: the sample that each of the taken is added to; -1 for stand-ins
     slots: Tensor  # int64 [B]: the place among the taken of what is added to each sample; -1 if it is dropped
+    places: (
+        Tensor  # int64 [B]: the place of each sample among the taken, -1 if it is not: slots, but for a second sample
+    )
     any_kept: bool = True  # as far as the host knows
 
 
 def module_of(branch: Callable[..., Tensor]) -> nn.Module | None:
-    """The module that computes the branch: itself, or what it is a method of."""
+    """The module that computes the branch: itself, or what it is a method or a partial call of."""
+    while isinstance(branch, functools.partial):
+        branch = branch.func
     owner = getattr(branch, "__self__", branch)
     return owner if isinstance(owner, nn.Module) else None
 
 
+_lock = threading.Lock()
+_put_aside: dict[nn.Module, tuple[int, dict[str, Tensor | None]]] = {}  # how often, and the buffers
+
+
 @contextlib.contextmanager
 def buffers_kept(module: nn.Module | None) -> Iterator[None]:
-    """Gives the module copies of its buffers meanwhile: running statistics know nothing of what happens."""
-    buffers = [] if module is None else [(m, name) for m in module.modules() for name in m._buffers]
-    originals = [m._buffers[name] for m, name in buffers]
-    copies = {id(buffer): buffer.clone() for buffer in originals if buffer is not None}
+    """Gives the module copies of its buffers meanwhile: running statistics know nothing of what happens.
+
+    Other threads that run it then do so with the copies.
+    """
+    modules = [] if module is None else [m for m in module.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    with _lock:
+        for m in modules:
+            count, originals = _put_aside.get(m, (0, dict(m._buffers)))
+            _put_aside[m] = count + 1, originals
+            if count == 0:
+                for name, buffer in originals.items():
+                    if buffer is not None and not is_lazy(buffer):
+                        m._buffers[name] = buffer.clone()
     try:
-        for (m, name), buffer in zip(buffers, originals, strict=True):
-            m._buffers[name] = copies.get(id(buffer))
         yield
     finally:
-        for (m, name), buffer in zip(buffers, originals, strict=True):
-            m._buffers[name] = buffer
+        with _lock:
+            for m in modules:
+                count, originals = _put_aside.pop(m)
+                if count > 1:
+                    _put_aside[m] = count - 1, originals
+                    continue
+                for name, buffer in originals.items():
+                    if buffer is None or not is_lazy(buffer):
+                        m._buffers[name] = buffer
 
 
 def _takes_batch_statistics(branch: Callable[..., Tensor]) -> bool:
     """Whether there is a BatchNorm, which refuses to take the statistics of a single sample."""
     module = module_of(branch)
-    return module is not None and any(isinstance(m, _BatchNorm) and m.training for m in module.modules())
+    if module is None:
+        return False
+    return any(isinstance(m, _BatchNorm) and (m.training or m.running_mean is None) for m in module.modules())
 
 
 def fixed_count(size: int, drop_prob: float) -> int:
@@ -99,8 +127,10 @@ def draw_samples(
     if sampling == "fixed" and keep is None:
         return _draw_fixed(x, branch, drop_prob, scale_by_keep, generator)
     if is_compiling():
-        samples, scale = _find_samples_between_graphs(x, branch, drop_prob, scale_by_keep, mode, keep, generator)
-        return samples, scale
+        found: tuple[Samples, float] = _find_samples_between_graphs(
+            x, branch, drop_prob, scale_by_keep, mode, keep, generator
+        )
+        return found
     samples, count = _find_samples(x, branch, drop_prob, mode, keep, generator)
     return samples if count < x.shape[0] else None, reference.keep_scale(drop_prob, scale_by_keep)
 
@@ -119,33 +149,31 @@ def _find_samples(
             'sampling="bernoulli" and keep decide on the host how many samples are computed, which a CUDA graph cannot '
             'replay: capture with sampling="fixed"'
         )
-    size = x.shape[0]
-    if keep is None and mode == "row":
-        slots, kept, count = _draw_bernoulli(size, drop_prob, x.device, generator)
-    else:
+    try:
         if keep is None:
-            keep = torch.tensor([_draw_bernoulli(1, drop_prob, torch.device("cpu"), generator)[2] == 1])
-        slots, kept, count = _C.index_kept(keep.cpu().expand(size).contiguous(), x.device)
+            slots, kept, count = _C.draw_bernoulli(x.shape[0], drop_prob, x.device, generator, mode == "row")
+        else:
+            slots, kept, count = _C.index_kept(keep, x.shape[0], x.device)
+    except RuntimeError as error:
+        raise _explained(error, keep) from error
     return _samples(slots, kept, branch, count > 0), count
 
 
-def _draw_bernoulli(
-    size: int, drop_prob: float, device: torch.device, generator: Generator | None
-) -> tuple[Tensor, Tensor, int]:
-    try:
-        return _C.draw_bernoulli(size, drop_prob, device, generator)
-    except RuntimeError as error:
-        if "_local_scalar_dense" in str(error):
-            raise RuntimeError(
-                'sampling="bernoulli" needs the number of kept samples on the host, where fake tensors and traces have '
-                'no numbers: use sampling="fixed"'
-            ) from error
-        if "randomness on an unbatched tensor" in str(error):
-            raise RuntimeError(
-                'sampling="bernoulli" draws once for all of torch.func.vmap, which randomness="different" does not '
-                'allow: use sampling="fixed"'
-            ) from error
-        raise
+def _explained(error: RuntimeError, keep: Tensor | None) -> RuntimeError:
+    """What torch says where the host cannot know what it needs, in words that help; or the error itself."""
+    text = str(error)
+    if "randomness on an unbatched tensor" in text:
+        return RuntimeError(
+            'sampling="bernoulli" draws once for all of torch.func.vmap, which randomness="different" does not allow: '
+            'use sampling="fixed"'
+        )
+    if any(part in text for part in ("_local_scalar_dense", "data pointer", "is not allocated", "meta tensor")):
+        what = 'sampling="bernoulli" needs the number of kept samples' if keep is None else "keep must have its values"
+        return RuntimeError(
+            f"{what} on the host, where fake tensors, traces and transforms have no numbers: use "
+            'sampling="fixed"' + ("" if keep is None else " without keep")
+        )
+    return error
 
 
 @torch.compiler.disable(reason="the number of kept samples is drawn on the host, and decides the shapes behind it")  # type: ignore[untyped-decorator]
@@ -162,7 +190,9 @@ def _find_samples_between_graphs(
     samples, _ = _find_samples(x, branch, drop_prob, mode, keep, generator)
     if samples.taken_from is samples.kept:  # else a graph would be for batches of which a sample is kept alone
         samples = samples._replace(taken_from=samples.kept.clone())
-    for index in (samples.taken_from, samples.kept, samples.slots):  # the batch may be dynamic, too
+    if samples.places is samples.slots:
+        samples = samples._replace(places=samples.slots.clone())
+    for index in samples[:4]:  # the batch may be dynamic, too
         torch._dynamo.maybe_mark_dynamic(index, 0)
     return samples._replace(any_kept=True), reference.keep_scale(drop_prob, scale_by_keep)
 
@@ -191,9 +221,10 @@ def _draw_fixed(
 def _samples(slots: Tensor, kept: Tensor, branch: Callable[..., Tensor], any_kept: bool) -> Samples:
     # kept == [-1], all dropped, is possible only where K == 1; testing K needs no synchronisation.
     if kept.shape[0] > 1:
-        return Samples(kept, kept, slots)
-    taken_from, size = kept.clamp(min=0), slots.shape[0]
+        return Samples(kept, kept, slots, slots)
+    taken_from, places, size = kept.clamp(min=0), slots, slots.shape[0]
     if size > 1 and _takes_batch_statistics(branch):
         other = (taken_from + 1) % size
+        places = slots.scatter(0, other, 1) if any_kept else slots
         taken_from, kept = torch.cat([taken_from, other]), torch.cat([kept, torch.full_like(other, -1)])
-    return Samples(taken_from, kept, slots, any_kept)
+    return Samples(taken_from, kept, slots, places, any_kept)

@@ -66,6 +66,26 @@ def _check_scripted_input(x: Tensor, name: str) -> None:
         raise ValueError(f"{name} must have at least one dimension, the samples, but got a 0-dim tensor")
 
 
+def _check_scripted_keep(keep: Tensor | None, size: int, generator: Generator | None) -> None:
+    if keep is not None:
+        if keep.dtype != torch.bool:
+            raise TypeError("keep must be bool")
+        if keep.ndim != 1 or (keep.shape[0] != size and keep.shape[0] != 1):
+            raise ValueError(
+                f"keep must have an entry for each of the {size} samples, or one, but got {list(keep.shape)}"
+            )
+        if generator is not None:
+            raise ValueError("keep and generator exclude each other: with keep nothing is drawn")
+
+
+def scripted_draw_keep(
+    x: Tensor, drop_prob: float, mode: str = "row", generator: Generator | None = None, dim: int = 0
+) -> Tensor:
+    """``functional.draw_keep`` in TorchScript."""
+    _check_scripted(drop_prob, mode)
+    return reference.draw_keep_mask_in_aten(x.movedim(dim, 0), drop_prob, mode, generator)
+
+
 def scripted_drop_path(
     x: Tensor,
     drop_prob: float = 0.0,
@@ -82,6 +102,7 @@ def scripted_drop_path(
         return x
     _check_scripted_input(x, "x")
     x = x.movedim(dim, 0)
+    _check_scripted_keep(keep, x.shape[0], generator)
     if keep is None:
         keep = reference.draw_keep_mask_in_aten(x, drop_prob, mode, generator)
     return reference.apply_keep_mask(x, keep, reference.keep_scale(drop_prob, scale_by_keep)).movedim(0, dim)
@@ -107,11 +128,11 @@ def scripted_drop_path_add(
         raise ValueError(f"residual must have the shape of x, {x.shape}, but got {residual.shape}: expand it first")
     if gamma is not None:
         _check_scripted_dtype(gamma, "gamma")
-        check_gamma_shape(gamma, x)
-        if dim != 0:
+        check_gamma_shape(gamma, x, dim)
+        if dim != 0 and gamma.ndim > 0:
             gamma = gamma.reshape([1] * (x.ndim - gamma.ndim) + list(gamma.shape)).movedim(dim, 0)
-            check_gamma_shape(gamma, x.movedim(dim, 0))
     x = x.movedim(dim, 0)
+    _check_scripted_keep(keep, x.shape[0], generator)
     if not training:
         drop_prob = 0.0
         keep = None

@@ -191,10 +191,15 @@ def _step(model: Alone, call: Call) -> dict[str, list[Tensor | None]]:
     torch.manual_seed(SEED)
     outputs = [leaf for leaf in tree_flatten(model.train()(args, kwargs))[0] if isinstance(leaf, Tensor)]
     torch.manual_seed(SEED)
-    total = sum((out * torch.randn_like(out)).sum() for out in outputs if out.requires_grad)
+    total = sum((out * _cotangent(out)).sum() for out in outputs if out.requires_grad)
     wanted = [*inputs, *(parameter for parameter in model.parameters() if parameter.requires_grad)]
     gradients = torch.autograd.grad(total, wanted, allow_unused=True)
     return {"outputs": outputs, "gradients": list(gradients), "buffers": [b.clone() for b in model.buffers()]}
+
+
+def _cotangent(out: Tensor) -> Tensor:
+    """Normal numbers, the same in whatever strides; those of randn_like follow the memory."""
+    return torch.randn(out.shape, dtype=out.dtype, device=out.device)
 
 
 def _evaluation(model: Alone, call: Call) -> list[Any]:

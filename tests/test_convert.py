@@ -346,6 +346,18 @@ def test_small_branches_are_not_skipped():
         assert "µs" in report.sites[0].why
 
 
+@pytest.mark.parametrize(
+    "drop_path", [droppath_ext.DropPath(0.5, sample_dim=-3), droppath_ext.DropPath(torch.tensor(0.5))]
+)
+def test_what_cannot_be_converted_is_left_and_named(drop_path):
+    model = nn.Sequential(Branch(nn.Linear(3, 3))).train()
+    model[0].drop_path = drop_path
+    report = convert(model, "fuse", example=torch.randn(5, 4, 2, 3))
+    assert report.sites == []
+    assert "1 DropPath are left as they are (0.drop_path)" in str(report)
+    assert "no drop path is active" not in str(report)
+
+
 @pytest.mark.parametrize("drop_prob", [0.25, 0.5])
 def test_fixed_numbers_of_samples(drop_prob):
     """Every call computes as many samples; set_drop_path_rate plans anew without forgetting it."""

@@ -187,6 +187,41 @@ def test_opcheck_draw_fixed(device, size, dtype):
     torch.library.opcheck(OPS.draw_fixed.default, (x, size), test_utils=checks)
 
 
+@pytest.mark.parametrize("per_sample", BOTH)
+@pytest.mark.parametrize("rate", [torch.float32, torch.float64])
+def test_opcheck_draw_keep(device, per_sample, rate):
+    """A rate of 1 draws the same in every run."""
+    x = torch.zeros(8, 3, device=device)
+    for p, checks in ((0.5, ONE_RUN_CHECKS), (1.0, ALL_CHECKS)):
+        arguments = (x, torch.tensor(p, dtype=rate, device=device), True, per_sample)
+        torch.library.opcheck(OPS.draw_keep.default, arguments, test_utils=checks)
+
+
+@pytest.mark.parametrize("requires_grad", BOTH)
+def test_opcheck_of_a_factor(device, requires_grad):
+    """test_options has what it does."""
+    x, residual, gamma = (t.requires_grad_(requires_grad) for t in add_inputs((8, 3), (torch.float32,) * 3, device))
+    keep = torch.arange(8, device=device) % 3 != 1
+    factor = torch.tensor(1.5, dtype=torch.float64, device=device)
+    torch.library.opcheck(OPS.scale_kept.default, (x, keep, 2.0, factor), test_utils=ALL_CHECKS)
+    torch.library.opcheck(OPS.add_kept.default, (x, residual, gamma, keep, 2.0, factor), test_utils=ALL_CHECKS)
+    arguments = (residual, x, gamma, keep, 2.0, torch.float32, [True, True], factor)
+    torch.library.opcheck(OPS.add_kept_backward.default, arguments, test_utils=ALL_CHECKS)
+
+
+@pytest.mark.parametrize(
+    ("rate", "error", "message"),
+    [
+        (torch.ones(2), ValueError, r"drop_prob must have no dimension, but got shape \[2\]"),
+        (torch.tensor(0.5, dtype=torch.float16), TypeError, "drop_prob must be float32 or float64, but got float16"),
+        (torch.tensor(0.5, device="meta"), ValueError, "drop_prob must be on cpu, where x is, but got meta"),
+    ],
+)
+def test_draw_keep_of_a_bad_rate(rate, error, message):
+    with pytest.raises(error, match=message):
+        OPS.draw_keep(torch.ones(4, 3), rate, True, True)
+
+
 # --- scale_kept, add_kept and add_kept_backward: of given sources ---
 
 

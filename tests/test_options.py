@@ -24,6 +24,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from droppath_ext import (
+    _C,
     DropPath,
     DropPathAdd,
     StochasticDepth,
@@ -174,6 +175,35 @@ def test_keep_and_generator_exclude_each_other(device):
             call()
 
 
+def test_a_mask_elsewhere_or_of_another_kind(device):
+    x = torch.ones(12, 3, device=device)
+    meta = torch.ones(12, dtype=torch.bool, device="meta")
+    for call in (lambda **o: drop_path(x, 0.5, True, **o), lambda **o: drop_path_add(x, x, 0.5, True, **o)):
+        with pytest.raises(ValueError, match=f"keep must be on {x.device}, where x is, but got meta"):
+            call(keep=meta)
+        with pytest.raises(TypeError, match="keep must be a dense tensor, but got one of layout torch.sparse_coo"):
+            call(keep=torch.ones(12, dtype=torch.bool, device=device).to_sparse())
+        with pytest.raises(TypeError, match="generator must be a torch.Generator, but got int"):
+            call(generator=3)
+
+
+@pytest.mark.parametrize("keep", [torch.ones(3, dtype=torch.bool), torch.ones(12), torch.ones(12, 1, dtype=torch.bool)])
+def test_scripted_functions_check_the_mask(keep):
+    scripted = torch.jit.script(drop_path)
+    with pytest.raises(Exception, match="keep must"):
+        scripted(torch.ones(12, 3), 0.5, True, keep=keep)
+
+
+def test_draw_keep_is_traced_and_scripted():
+    traced = torch.fx.symbolic_trace(lambda x: drop_path(x, 0.5, True, keep=draw_keep(x, 0.5)))
+    assert [node.target for node in traced.graph.nodes if node.op == "call_function"] == [draw_keep, drop_path]
+    assert traced(torch.ones(64, 2)).ne(0).any()
+    assert torch.jit.script(draw_keep)(torch.ones(9, 2), 1.0).tolist() == [False] * 9
+    assert draw_keep(torch.ones(9, 2, dtype=torch.int64), 0.0).all()
+    with pytest.raises(ValueError, match="x must have at least one dimension"):
+        draw_keep(torch.tensor(1.0), 0.5)
+
+
 # --- dim= ---
 
 
@@ -256,6 +286,24 @@ def test_a_bad_dim(device, dim, error, training):
             call()
 
 
+@pytest.mark.parametrize("dim", [1, -2])
+def test_a_number_as_gamma_widens_nothing_there(device, dim):
+    x = torch.ones(4, 5, dtype=torch.bfloat16, device=device)
+    gamma = torch.tensor(0.5, device=device)
+    for training in (True, False):
+        assert drop_path_add(x, x, 0.5, training, gamma=gamma, dim=dim).dtype is torch.bfloat16
+        assert stochastic_depth(x, torch.neg, 0.5, training, gamma=gamma, dim=dim).dtype is torch.bfloat16
+    assert torch.jit.script(drop_path_add)(x, x, 0.5, True, gamma=gamma, dim=1).dtype is torch.bfloat16
+
+
+def test_a_bad_gamma_is_told_in_the_shapes_of_the_call():
+    x = torch.ones(2, 3, 5)
+    with pytest.raises(ValueError, match=r"but got shape \[7\] for x of shape \[2, 3, 5\]"):
+        drop_path_add(x, x, 0.5, True, gamma=torch.ones(7), dim=1)
+    with pytest.raises(TypeError, match="gamma must be a Tensor, but got float"):
+        drop_path_add(x, x, 0.5, True, gamma=3.0, dim=1)
+
+
 # --- a tensor as drop_prob ---
 
 RATES = [0.0, 0.4, 1.0, -0.5, 1.5, float("nan"), float("inf")]
@@ -312,6 +360,34 @@ def test_rate_that_only_the_device_knows(device, rate):
     keep, _ = torch.ops.droppath_ext.draw_keep(x, half, True, True)
     torch.manual_seed(4)
     assert torch.equal(keep, predict_keep(x, 0.5))
+
+
+def test_a_rate_is_as_exact_as_what_it_scales():
+    """On every route: float64 in float64."""
+    x, p = torch.ones(64, 3, dtype=torch.float64), torch.tensor(0.1)
+    torch.manual_seed(3)
+    expected = drop_path(x, p, True)
+    torch.manual_seed(3)
+    out = torch.func.jvp(lambda x: drop_path(x, p, True), (x,), (x,))[0]
+    torch.testing.assert_close(out, expected, rtol=1e-15, atol=0)
+    half, wide = torch.ones(64, 3, dtype=torch.bfloat16), torch.zeros(64, 3, dtype=torch.float64)
+    out = reference.drop_path_add(half, wide, p, True, None, "row", None)
+    assert set(out.unique().tolist()) <= {0.0, 1 / (1 - float(p))}
+
+
+def test_a_factor_is_not_rounded_in_a_differentiable_backward():
+    grad = torch.randn(4096, 1).bfloat16()
+    x = torch.zeros_like(grad).requires_grad_()
+    keep = torch.ones(4096, dtype=torch.bool)
+    out = _C.scale_kept(x, keep, 1.0, torch.tensor(1 / 0.9, dtype=torch.float64))
+    (expected,) = torch.autograd.grad(out, x, grad, retain_graph=True)
+    (actual,) = torch.autograd.grad(out, x, grad.clone().requires_grad_(), create_graph=True)
+    assert torch.equal(actual, expected)
+
+
+def test_a_rate_with_a_gradient_warns_nobody(recwarn):
+    drop_path(torch.ones(3, 3), torch.tensor(0.5, requires_grad=True), True)
+    assert len(recwarn) == 0
 
 
 def test_factors_of_the_ops(device):
@@ -517,6 +593,25 @@ def test_sample_dim_of_the_modules(device):
         changed = (out != (0 if isinstance(module, DropPath) else x)).any(2)
         assert torch.equal(changed.any(0), changed.all(0)), "a sample falls as a whole"
         assert "sample_dim=1" in repr(module)
+
+
+def test_modules_that_were_pickled_before():
+    """Whole modules, by torch.save(model): they lack the attributes that came later."""
+    x = torch.ones(4, 6)
+    for module, inputs in (
+        (DropPath(0.5), (x,)),
+        (DropPathAdd(0.5, dim=6, init_values=0.1), (x, x)),
+        (StochasticDepth(nn.Linear(6, 6), 0.5), (x,)),
+    ):
+        for name in ("sample_dim", "channels_first") + (("mode",) if isinstance(module, StochasticDepth) else ()):
+            module.__dict__.pop(name, None)
+        assert module(*inputs).shape == x.shape
+        assert "sample_dim" not in repr(module)
+
+
+def test_channels_are_no_samples():
+    with pytest.raises(ValueError, match="channels_first means that dim 1 counts channels, but got sample_dim=1"):
+        DropPathAdd(0.5, dim=6, init_values=0.1, channels_first=True, sample_dim=1)
 
 
 def test_batched_may_hold_none(device):

@@ -1,5 +1,8 @@
 """Promise: one seed gives one mask on every eager route; and where a route cannot be served, one sentence says so."""
 
+import functools
+import threading
+
 import pytest
 import torch
 from conftest import DTYPES, SAMPLINGS, kept_samples, random_tensor, seeded
@@ -109,6 +112,75 @@ def test_gradcheck_in_forward_mode(device, name):
     torch.autograd.gradgradcheck(function, x)
 
 
+@pytest.mark.parametrize("options", [{"mode": "batch"}, {"keep": True}, {"keep": True, "dim": 1}])
+@pytest.mark.parametrize("transform", ["grad", "jvp", "vmap", "functionalize"])
+def test_skipping_by_a_mask_inside_of_transforms(device, options, transform):
+    """As outside of them, where the mask is no tensor of theirs."""
+    x = random_tensor((6, 6), device=device)
+    if "keep" in options:
+        options = options | {"keep": torch.arange(6, device=device) % 2 == 0}
+
+    def call(x):
+        return stochastic_depth(x, torch.sin, 0.5, True, **options)
+
+    torch.manual_seed(1)
+    expected = call(x)
+    torch.manual_seed(1)
+    if transform == "grad":
+        out = torch.func.grad(lambda x: (call(x).sum(), call(x))[0])(x)
+        assert out.shape == x.shape
+    elif transform == "jvp":
+        assert torch.equal(torch.func.jvp(call, (x,), (x,))[0], expected)
+    elif transform == "functionalize":
+        assert torch.equal(torch.func.functionalize(call)(x), expected)
+    else:
+        out = torch.func.vmap(call, randomness="same")(x[None])[0]
+        assert torch.equal(out, expected)
+
+
+def test_a_mask_that_the_host_cannot_read():
+    x, keep = torch.ones(4, 3), torch.ones(2, 4, dtype=torch.bool)
+    sentence = "keep must have its values on the host"
+    with pytest.raises(RuntimeError, match=sentence):
+        torch.func.vmap(lambda keep: stochastic_depth(x, torch.neg, 0.5, True, keep=keep))(keep)
+    with pytest.raises((RuntimeError, NotImplementedError), match=sentence):
+        stochastic_depth(x, torch.neg, 0.5, True, keep=keep[0].to("meta"))
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(RuntimeError, match=sentence):
+        stochastic_depth(torch.ones(4, 3), torch.neg, 0.5, True, keep=torch.ones(4, dtype=torch.bool))
+
+
+class Strict(torch.Tensor):
+    """A subclass that refuses what is not torch's own."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", "").startswith("droppath_ext"):
+            return NotImplemented
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_subclasses_see_aten_ops(name):
+    out = _call(name, torch.ones(8, 3).as_subclass(Strict))
+    assert type(out) is Strict
+
+
+@pytest.mark.parametrize("options", [{"keep": True}, {"rate": True}, {"dim": 1}])
+def test_traces_of_training_hold_aten_ops(options):
+    """And take batches of other sizes."""
+
+    def call(x, keep, p):
+        p = p if "rate" in options else 0.5
+        more = {"keep": keep} if "keep" in options else {"dim": options.get("dim", 0)}
+        return drop_path(x, p, True, **more) + drop_path_add(x, x, p, True, **more)
+
+    keep, p = torch.ones(4, dtype=torch.bool), torch.tensor(0.5)
+    trace = torch.jit.trace(call, (torch.ones(4, 4), keep, p), check_trace=False)
+    assert "droppath_ext::" not in str(trace.graph)
+    outs = [trace(torch.ones(64, 64), torch.ones(64, dtype=torch.bool), p) for _ in range(2)]
+    assert torch.equal(*outs) == ("keep" in options)
+
+
 # --- torch.func.vmap, fake tensors, graphs of ATen ops ---
 
 
@@ -131,7 +203,9 @@ def test_fake_tensors(name):
     with FakeTensorMode():
         x = torch.ones(8, 3)
         if name == "stochastic_depth bernoulli":
-            with pytest.raises(RuntimeError, match='fake tensors and traces have no numbers: use sampling="fixed"'):
+            with pytest.raises(
+                RuntimeError, match='fake tensors, traces and transforms have no numbers: use sampling="fixed"'
+            ):
                 _call(name, x)
         else:
             assert _call(name, x).shape == (8, 3)
@@ -148,7 +222,9 @@ def test_graphs_of_aten_ops(name, trace):
         return torch.func.linearize(lambda x: _call(name, x), x)[0]
 
     if name == "stochastic_depth bernoulli":
-        with pytest.raises(RuntimeError, match='fake tensors and traces have no numbers: use sampling="fixed"'):
+        with pytest.raises(
+            RuntimeError, match='fake tensors, traces and transforms have no numbers: use sampling="fixed"'
+        ):
             run()
     else:
         assert run().shape == (8, 3)
@@ -169,6 +245,12 @@ def test_a_generator_inside_a_checkpoint(device, name, use_reentrant):
 
     with pytest.raises(RuntimeError, match=r"generator must be None inside torch\.utils\.checkpoint"):
         run(generator=generator)
+    with pytest.raises(RuntimeError, match=r"generator must be None inside torch\.utils\.checkpoint"):
+        checkpoint.checkpoint(
+            lambda x: drop_path(x, 0.5, True, keep=draw_keep(x, 0.5, generator=seeded(device))),
+            x,
+            use_reentrant=use_reentrant,
+        )
     for options in ({}, {"keep": draw_keep(x, 0.5)}):
         out = run(**options)
         (gradient,) = torch.autograd.grad(out.sum(), x) if not use_reentrant else (_gradient(out, x),)
@@ -218,6 +300,51 @@ def test_a_stand_in_counts_for_nothing(device, options, as_method):
         assert torch.equal(buffer, before[name][1])
     gradients = torch.autograd.grad(out.sum(), list(norm.parameters()))
     assert all(gradient.eq(0).all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("kind", ["partial", "scripted", "lazy", "no statistics"])
+def test_other_kinds_of_batch_norm(kind):
+    """None raises because one sample or none is kept."""
+    norm = {
+        "partial": nn.BatchNorm1d,
+        "scripted": lambda features: torch.jit.script(nn.BatchNorm2d(features)),
+        "lazy": lambda features: nn.LazyBatchNorm1d(),
+        "no statistics": lambda features: nn.BatchNorm1d(features, track_running_stats=False).eval(),
+    }[kind](3)
+    branch = functools.partial(norm) if kind == "partial" else norm
+    x = random_tensor((2, 3, 4, 4) if kind == "scripted" else (2, 3))  # it is no BatchNorm of Python's
+    assert torch.equal(stochastic_depth(x, branch, 1.0, True), x)
+    if kind == "partial":
+        assert norm.num_batches_tracked == 0
+    for _ in range(20):
+        stochastic_depth(x, branch, 0.5, True)
+
+
+def test_the_second_sample_has_its_gradient(device):
+    """It changes the statistics of the first."""
+    norm = nn.BatchNorm1d(3, affine=False).double().to(device)
+    keep = torch.tensor([False, True, False, False], device=device)
+    x = random_tensor((4, 3), torch.float64, device).requires_grad_()
+    torch.autograd.gradcheck(
+        lambda x: stochastic_depth(x, norm, 0.5, True, keep=keep), x, check_forward_ad=True, eps=1e-5, atol=1e-3
+    )
+
+
+def test_threads_put_buffers_aside_together():
+    norm = nn.BatchNorm1d(3)
+    before = dict(norm.named_buffers())
+
+    def work():
+        for _ in range(200):
+            stochastic_depth(torch.randn(4, 3), norm, 1.0, True)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(buffer is before[name] for name, buffer in norm.named_buffers())
+    assert norm.running_mean.eq(0).all()
 
 
 def test_buffers_come_back_after_an_error():

@@ -45,7 +45,7 @@ void add_kept_cpu(const at::Tensor& out, const std::optional<at::Tensor>& residu
   if (out.numel() == 0) {
     return;
   }
-  const auto run = [&](auto kernel) { kernel(out, residual, x, gamma, sources, scale); };
+  const auto run = [&](auto kernel) { kernel(out, residual, x, gamma, sources, scale_of(sources, scale)); };
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "add_kept", [&] {
     if (out.scalar_type() == x.scalar_type()) {
       run(residual ? add_kept<scalar_t, scalar_t, scalar_t> : add_kept<scalar_t, void, scalar_t>);

@@ -48,7 +48,9 @@ void gamma_grad(const at::Tensor& grad_x, bool writes_grad_x, const at::Tensor& 
 void gamma_grad_cpu(const at::Tensor& grad_x, bool writes_grad_x, const at::Tensor& grad_gamma, const at::Tensor& grad,
                     const at::Tensor& x, const at::Tensor& gamma, const Sources& sources, double scale) {
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "gamma_grad", [&] {
-    const auto run = [&](auto kernel) { kernel(grad_x, writes_grad_x, grad_gamma, grad, x, gamma, sources, scale); };
+    const auto run = [&](auto kernel) {
+      kernel(grad_x, writes_grad_x, grad_gamma, grad, x, gamma, sources, scale_of(sources, scale));
+    };
     if (grad.scalar_type() == x.scalar_type()) {
       run(gamma_grad<scalar_t, scalar_t>);
     } else if constexpr (sizeof(scalar_t) == 2) {

@@ -18,6 +18,11 @@ constexpr size_t kStreamedBytes = size_t{8} << 20;
 
 inline bool is_streamed(const at::Tensor& out) { return out.nbytes() >= kStreamedBytes; }
 
+// The scale times its factor, which lies on the host here.
+inline double scale_of(const Sources& sources, double scale) {
+  return sources.factor.defined() ? scale * sources.factor.item<double>() : scale;
+}
+
 // gamma * scale for each channel, or the scale alone.
 template <typename F>
 Factors<F> make_factors(const at::Tensor& out, const std::optional<at::Tensor>& gamma, double scale) {

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from ..checks import check_sampling
+from ..modules import DropPath
 from ..reference import is_jit_tracing
 from .drops import NAMES, drop_path_kind
 from .emit import kept_source
@@ -290,7 +291,17 @@ def _notes(model: nn.Module, chosen: dict[nn.Module, str]) -> list[str]:
     ignored = [f"{name}={value}" for name, value in _rates_of_config(model) if value and idle and not chosen]
     if ignored:
         notes.append(f"upstream ignores {ignored[0]} of the model's config: no drop path was built with it")
-    if not any(_rate(module) for module in chosen):
+    own = [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, DropPath) and drop_path_kind(module) is None
+    ]
+    if own:
+        notes.append(
+            f"{len(own)} DropPath are left as they are ({own[0]}): their samples lie along another dim than 0, or "
+            "their rate is a tensor"
+        )
+    if not own and not any(_rate(module) for module in chosen):
         notes.append(
             "no drop path is active: build the model with a rate above 0, or call set_drop_path_rate(model, rate)"
         )

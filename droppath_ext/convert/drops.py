@@ -53,6 +53,8 @@ def drop_path_kind(module: nn.Module) -> DropPathKind | None:
     if not any(NAMES.search(base.__name__) for base in cls.__mro__):
         return None
     rate = next((name for name in RATES if _is_rate(module.__dict__.get(name, ""))), None)
+    if module.__dict__.get("sample_dim", 0) != 0:  # ours, and what is emitted drops along dim 0
+        return None
     if rate is None or any(module.children()) or any(module.parameters()) or any(module.buffers()):
         return None
     if len(inspect.signature(cls.forward).parameters) != 2:  # what else it is told would be lost
