@@ -449,7 +449,7 @@ def stochastic_depth(
         taken = taken.movedim(0, dim) if dim != 0 else taken
         batched = [_taken(tensor, samples, dim) for tensor in batched]
     versions = _versions(x, taken)
-    if samples is None or samples.any_kept:
+    if samples is None or samples.any_kept or compiling:
         y = branch(taken, *batched)
     else:
         with buffers_kept(module_of(branch)):
