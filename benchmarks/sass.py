@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # What a multiprocessor must have in flight to use the bandwidth of memory: 3.35 and 4.8 TB/s * 660 ns / 132.
 NEEDED_KB = {"H100": 17, "H200": 24}
+NEEDED_KB_OF_TURING = 8  # 672 GB/s * 800 ns / 72; half as many threads fit into its multiprocessors
 DETAILED_ARCHS = (90, 80)  # a table of all figures for each
 
 # Warps, blocks and bytes of shared memory of a multiprocessor: the table "Technical Specifications per Compute
@@ -177,11 +178,11 @@ def instructions_per_vector(code: Sequence[Instruction]) -> float:
 
 def problems(kernels: Iterable[Kernel]) -> list[str]:
     """A sentence for each kernel that spills, and each full-width one that has too little in flight or loads late."""
-    need = max(NEEDED_KB.values())
     found = []
     families = defaultdict(list)
     for kernel in kernels:
         where = f"{kernel.name} on sm_{kernel.arch}"
+        need = NEEDED_KB_OF_TURING if kernel.arch < 80 else max(NEEDED_KB.values())
         families[re.sub(r"\b\d+\b", "*", kernel.name), kernel.arch].append(kernel)
         if kernel.spilled:
             found.append(f"{where} spills {kernel.spilled} bytes a thread.")
