@@ -28,9 +28,7 @@ class Samples(NamedTuple):
     taken_from: Tensor  # int64 [K]: the sample that each of the taken is
     kept: Tensor  # int64 [K]: the sample that each of the taken is added to; -1 for stand-ins
     slots: Tensor  # int64 [B]: the place among the taken of what is added to each sample; -1 if it is dropped
-    places: (
-        Tensor  # int64 [B]: the place of each sample among the taken, -1 if it is not: slots, but for a second sample
-    )
+    places: Tensor  # int64 [B]: the place among the taken of each sample, added to it or not; -1 if it is not there
     any_kept: bool = True  # as far as the host knows
 
 
@@ -155,12 +153,15 @@ def _find_samples(
         else:
             slots, kept, count = _C.index_kept(keep, x.shape[0], x.device)
     except RuntimeError as error:
-        raise _explained(error, keep) from error
+        explained = _explained(error, keep)
+        if explained is None:
+            raise
+        raise explained from error
     return _samples(slots, kept, branch, count > 0), count
 
 
-def _explained(error: RuntimeError, keep: Tensor | None) -> RuntimeError:
-    """What torch says where the host cannot know what it needs, in words that help; or the error itself."""
+def _explained(error: RuntimeError, keep: Tensor | None) -> RuntimeError | None:
+    """What torch says where the host cannot know what it needs, in words that help; None of other errors."""
     text = str(error)
     if "randomness on an unbatched tensor" in text:
         return RuntimeError(
@@ -173,7 +174,7 @@ def _explained(error: RuntimeError, keep: Tensor | None) -> RuntimeError:
             f"{what} on the host, where fake tensors, traces and transforms have no numbers: use "
             'sampling="fixed"' + ("" if keep is None else " without keep")
         )
-    return error
+    return None
 
 
 @torch.compiler.disable(reason="the number of kept samples is drawn on the host, and decides the shapes behind it")  # type: ignore[untyped-decorator]

@@ -427,14 +427,16 @@ def test_a_schedule_of_a_buffer_needs_no_new_graph(device):
         return graph.forward
 
     torch._dynamo.reset()
-    for function in (lambda x, p: drop_path(x, p, True), lambda x, p: drop_path_add(x, x, p, True)):
+    for of_dropped, function in (
+        (0, lambda x, p: drop_path(x, p, True)),
+        (1, lambda x, p: drop_path_add(x, x, p, True)),
+    ):
         compiled = torch.compile(function, backend=backend, fullgraph=True)
         graphs.clear()
         for rate in (0.0, 0.2, 0.5, 0.9, 1.0):
             p.fill_(rate)
-            out = compiled(x, p)
-            dropped = out.eq(0) if function(x, p).min() == 0 else out.eq(1)
-            assert rate in (0.0, 1.0) or abs(float(dropped.float().mean()) - rate) < 0.05
+            dropped = compiled(x, p).eq(of_dropped)
+            assert abs(float(dropped.float().mean()) - rate) < (0.05 if 0 < rate < 1 else 1e-6)
         assert len(graphs) == 1
 
 
@@ -449,7 +451,8 @@ def test_modules_of_a_tensor(device):
         assert out.eq(0 if isinstance(module, DropPath) else 1).all()
         twin = copy.deepcopy(module)
         assert twin.drop_prob is not module.drop_prob
-        assert module.eval()(x) is x if isinstance(module, DropPath) else True
+        if isinstance(module, DropPath):
+            assert module.eval()(x) is x
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
