@@ -2,6 +2,8 @@
 
 import functools
 import threading
+import types
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -336,15 +338,20 @@ def test_threads_put_buffers_aside_together():
     norm = nn.BatchNorm1d(3)
     before = dict(norm.named_buffers())
 
-    def work():
-        for _ in range(200):
-            stochastic_depth(torch.randn(4, 3), norm, 1.0, True)
+    together = threading.Barrier(3)
 
-    threads = [threading.Thread(target=work) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    def branch_of_one(x):
+        together.wait(10)  # all of them are inside
+        return norm(x)
+
+    norm.branch_of_one = types.MethodType(lambda self, x: branch_of_one(x), norm)
+
+    def work(_):
+        for _ in range(20):
+            stochastic_depth(torch.randn(4, 3), norm.branch_of_one, 1.0, True)
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(work, range(3)))  # raises what they raise
     assert all(buffer is before[name] for name, buffer in norm.named_buffers())
     assert norm.running_mean.eq(0).all()
 
