@@ -1,8 +1,8 @@
-# make bench · make test · make test-timm · make test-all-models · make test-kernels · make mutants · make lint · make sass · make gpu-check · make gpu-tune
+# make bench · make test · make test-pure · make test-timm · make test-all-models · make test-kernels · make mutants · make lint · make sass · make gpu-check · make gpu-tune
 #
 # Each does its own set-up in .venv, or uses the interpreter that PYTHON= names as it is:
 #   make test PYTHON=/opt/conda/bin/python
-# DROPPATH_EXT_CUDA, TORCH_CUDA_ARCH_LIST, CUDA_HOME and MAX_JOBS reach the build (see setup.py).
+# The environment variables at the top of setup.py reach the build.
 
 VENV ?= .venv
 TORCH ?= torch torchvision timm transformers accelerate
@@ -25,7 +25,7 @@ endif
 
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: bench test test-timm test-all-models test-kernels mutants lint sass gpu-check gpu-tune build clean
+.PHONY: bench test test-pure test-timm test-all-models test-kernels mutants lint sass gpu-check gpu-tune build clean
 
 bench: build
 	$(PYTHON) benchmarks/run.py $(BENCH_ARGS)
@@ -33,6 +33,11 @@ bench: build
 # Two processes, whose threads do not spin while they wait for each other: they would starve those of the other.
 test: build
 	OMP_WAIT_POLICY=passive $(PYTHON) -m pytest --numprocesses 2 $(TEST_ARGS)
+
+# Without the native extension: what every path promises.
+PURE := semantics fuse skip options routes random autograd composite composition tracing errors drop_in
+test-pure: $(ENVIRONMENT)
+	DROPPATH_EXT_NATIVE=0 OMP_WAIT_POLICY=passive $(PYTHON) -m pytest --numprocesses 2 $(PURE:%=tests/test_%.py) $(TEST_ARGS)
 
 # timm's models under torch.fx and torch.jit.script: those whose name matches TIMM, "vit_*" say. All take hours.
 TIMM ?= *

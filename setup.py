@@ -1,35 +1,84 @@
 """Builds droppath_ext._C. Everything else about the package is in pyproject.toml.
 
 Environment variables:
+    DROPPATH_EXT_NATIVE   0 installs the Python files alone, without a compiler: every call takes the composite path.
     DROPPATH_EXT_CUDA     1 demands the CUDA kernels, 0 leaves them out. Default: they are built when torch has CUDA
-                          and an nvcc is found.
+                          and an nvcc is found; where there is a GPU and no nvcc, the build stops and says so.
+    DROPPATH_EXT_LOCAL    a local version for the wheel, e.g. "torch2.14.cu130" (`make wheels`).
     TORCH_CUDA_ARCH_LIST  architectures, e.g. "8.0;9.0+PTX". Default: those of the GPUs present, else DEFAULT_ARCHS.
     CUDA_HOME             the toolkit to use. Default: nvcc on PATH, else the nvidia-cuda-nvcc package of pip.
+    CXX                   the C++ compiler. Default: c++.
     MAX_JOBS              compilers at a time.
 """
 
+import importlib.metadata
 import importlib.util
 import os
 import re
+import shlex
 import shutil
+import site
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from types import ModuleType
 
-from setuptools import setup
-
-try:
-    import torch
-except ImportError:
-    sys.exit(
-        "droppath_ext compiles against the torch it will run with: install torch first, "
-        "then build with `pip install --no-build-isolation`."
-    )
+import setuptools
 
 # What torch's own wheels carry: Turing to Blackwell, and PTX for what comes after.
 DEFAULT_ARCHS = "7.5;8.0;8.6;9.0;10.0;12.0+PTX"
-TORCH_CUDA = torch.version.cuda  # "13.2", or None for a CPU-only torch
+PURE_PYTHON = "DROPPATH_EXT_NATIVE=0 installs the slower pure-Python package"
+
+
+def flag(name: str) -> str:
+    """An environment variable that is 0, 1 or not set (an empty string)."""
+    value = os.environ.get(name, "")
+    if value not in ("", "0", "1"):
+        sys.exit(f"{name} must be 0 or 1, but got {value!r}")
+    return value
+
+
+def import_torch() -> ModuleType:
+    """The torch of the environment that this is built for, also where pip isolates the build from it."""
+    folders = site.getsitepackages()
+    if sys.prefix == sys.base_prefix:  # no virtual environment
+        folders.append(site.getusersitepackages())
+    if importlib.util.find_spec("torch") is None:
+        for folder in folders:
+            site.addsitedir(folder)
+    try:
+        import torch
+    except ImportError as error:
+        sys.exit(
+            f"droppath_ext compiles against the torch that it will run with, which {sys.executable} cannot import "
+            f"({error}): pip install torch, then pip install droppath_ext. With uv, name torch in pyproject.toml's "
+            "[tool.uv.extra-build-dependencies], with match-runtime; with another program that isolates builds, switch "
+            "that off (python -m build --no-isolation)."
+        )
+    for present in importlib.metadata.distributions(name="torch", path=folders):
+        if present.version.split("+")[0] != torch.__version__.split("+")[0]:
+            sys.exit(
+                f"the build would be against torch {torch.__version__} in {Path(torch.__file__).parent}, but the "
+                f"environment has torch {present.version}, with which it would not run: build without isolation, or "
+                "with that torch."
+            )
+    return torch
+
+
+def check_compiler() -> None:
+    compiler = shlex.split(os.environ.get("CXX") or "c++")[0]
+    if sys.platform != "win32" and shutil.which(compiler) is None:
+        sys.exit(
+            f"no C++ compiler: there is no {compiler} on PATH. Install one (apt install g++, dnf install gcc-c++, "
+            f"conda install gxx), or name it in CXX; {PURE_PYTHON}."
+        )
+    headers = sysconfig.get_path("include")
+    if not (Path(headers) / "Python.h").exists():
+        sys.exit(
+            f"no headers of Python: there is no Python.h in {headers}. Install them (apt install python3-dev, "
+            f"dnf install python3-devel); {PURE_PYTHON}."
+        )
 
 
 def toolkit_of(nvcc: str) -> Path:
@@ -47,7 +96,10 @@ def cuda_toolkits() -> list[Path]:
     pip = importlib.util.find_spec("nvidia")
     places = [
         *([toolkit_of(nvcc)] if nvcc else []),
-        *(Path(folder) / f"cu{TORCH_CUDA.split('.')[0]}" for folder in (pip.submodule_search_locations if pip else [])),
+        *(
+            Path(folder) / f"cu{torch.version.cuda.split('.')[0]}"
+            for folder in (pip.submodule_search_locations if pip else [])
+        ),
         Path("/usr/local/cuda"),
     ]
     return [place for place in places if (place / "bin/nvcc").exists()]
@@ -60,17 +112,16 @@ def nvcc_version(toolkit: Path) -> str:
 
 def find_cuda() -> Path | None:
     """The toolkit to build the CUDA kernels with; None to build without them."""
-    wanted = os.environ.get("DROPPATH_EXT_CUDA", "")
-    if wanted not in ("", "0", "1"):
-        sys.exit(f"DROPPATH_EXT_CUDA must be 0 or 1, but got {wanted!r}")
+    wanted = flag("DROPPATH_EXT_CUDA")
     if wanted == "0":
         return None
-    if TORCH_CUDA is None:
+    if torch.version.cuda is None:
         if wanted:
             sys.exit(f"DROPPATH_EXT_CUDA=1, but torch {torch.__version__} is CPU-only: install a CUDA build of torch.")
         return None
     packages = " ".join(
-        f'"nvidia-{name}=={TORCH_CUDA}.*"' for name in ("cuda-nvcc", "nvvm", "cuda-crt", "cuda-cccl", "cuda-runtime")
+        f'"nvidia-{name}=={torch.version.cuda}.*"'
+        for name in ("cuda-nvcc", "nvvm", "cuda-crt", "cuda-cccl", "cuda-runtime")
     )
     toolkits = cuda_toolkits()
     if not toolkits:
@@ -80,14 +131,16 @@ def find_cuda() -> Path | None:
             missing = f"no nvcc on PATH, in pip's nvidia packages or in /usr/local/cuda: pip install {packages}"
         if wanted:
             sys.exit(f"DROPPATH_EXT_CUDA=1, but {missing}")
+        if torch.cuda.device_count():
+            sys.exit(f"there is a GPU, but {missing}. DROPPATH_EXT_CUDA=0 builds without the CUDA kernels.")
         print(f"droppath_ext: building without the CUDA kernels ({missing})")
         return None
     versions = {toolkit: nvcc_version(toolkit) for toolkit in toolkits}
     for toolkit, version in versions.items():
-        if version.split(".")[0] == TORCH_CUDA.split(".")[0]:
+        if version.split(".")[0] == torch.version.cuda.split(".")[0]:
             return toolkit
     sys.exit(
-        f"torch {torch.__version__} was built with CUDA {TORCH_CUDA}, but nvcc is "
+        f"torch {torch.__version__} was built with CUDA {torch.version.cuda}, but nvcc is "
         + ", ".join(f"{version} in {toolkit}" for toolkit, version in versions.items())
         + f": pip install {packages}, or set DROPPATH_EXT_CUDA=0 to build without the CUDA kernels."
     )
@@ -112,35 +165,48 @@ def cudart_dirs(toolkit: Path) -> list[str]:
     return [str(link.parent)]
 
 
-# torch looks for ninja on PATH, where a virtual environment that is not activated has none of its programs.
-os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
-toolkit = find_cuda()
-if toolkit:
-    # torch.utils.cpp_extension reads both, the first as soon as it is imported.
-    os.environ["CUDA_HOME"] = str(toolkit)
-    os.environ["TORCH_CUDA_ARCH_LIST"] = cuda_archs()
+def native_extension() -> dict[str, object]:
+    """The arguments of setup() for droppath_ext._C."""
+    # torch looks for ninja on PATH, where a virtual environment that is not activated has none of its programs.
+    os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
+    toolkit = find_cuda()
+    if toolkit:
+        # torch.utils.cpp_extension reads both, the first as soon as it is imported.
+        os.environ["CUDA_HOME"] = str(toolkit)
+        os.environ["TORCH_CUDA_ARCH_LIST"] = cuda_archs()
 
-from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
-sources = [str(path) for path in sorted(Path("csrc").glob("*.cpp")) + sorted(Path("csrc/cpu").glob("*.cpp"))]
-macros = {"DROPPATH_EXT_TORCH_VERSION": torch.__version__}
-# OpenMP's symbols come from the runtime that torch brings: a second one would keep a thread pool of its own.
-flags = {"cxx": ["-O3", "-g0"] + (["-fopenmp"] if sys.platform == "linux" else [])}
-if toolkit:
-    sources += [str(path) for path in sorted(Path("csrc/cuda").glob("*.cu"))]
-    macros |= {"DROPPATH_EXT_WITH_CUDA": None, "DROPPATH_EXT_CUDA_ARCHS": os.environ["TORCH_CUDA_ARCH_LIST"]}
-    flags["nvcc"] = ["-O3", "--threads=2"]
+    sources = [str(path) for path in sorted(Path("csrc").glob("*.cpp")) + sorted(Path("csrc/cpu").glob("*.cpp"))]
+    macros = {"DROPPATH_EXT_TORCH_VERSION": torch.__version__}
+    # OpenMP's symbols come from the runtime that torch brings: a second one would keep a thread pool of its own.
+    flags = {"cxx": ["-O3", "-g0"] + (["-fopenmp"] if sys.platform == "linux" else [])}
+    if toolkit:
+        sources += [str(path) for path in sorted(Path("csrc/cuda").glob("*.cu"))]
+        macros |= {"DROPPATH_EXT_WITH_CUDA": None, "DROPPATH_EXT_CUDA_ARCHS": os.environ["TORCH_CUDA_ARCH_LIST"]}
+        flags["nvcc"] = ["-O3", "--threads=2"]
+    extension = (CUDAExtension if toolkit else CppExtension)(
+        "droppath_ext._C",
+        sources,
+        define_macros=[(name, value and f'"{value}"') for name, value in macros.items()],
+        extra_compile_args=flags,
+        library_dirs=cudart_dirs(toolkit) if toolkit else [],
+        depends=[str(path) for path in Path("csrc").rglob("*.*") if path.suffix not in (".cpp", ".cu")],
+    )
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}
 
-setup(
-    ext_modules=[
-        (CUDAExtension if toolkit else CppExtension)(
-            "droppath_ext._C",
-            sources,
-            define_macros=[(name, value and f'"{value}"') for name, value in macros.items()],
-            extra_compile_args=flags,
-            library_dirs=cudart_dirs(toolkit) if toolkit else [],
-            depends=[str(path) for path in Path("csrc").rglob("*.*") if path.suffix not in (".cpp", ".cu")],
-        )
-    ],
-    cmdclass={"build_ext": BuildExtension},
-)
+
+if int(setuptools.__version__.split(".")[0]) < 77:
+    sys.exit(
+        f"setuptools {setuptools.__version__} cannot read this pyproject.toml: pip install 'setuptools>=77,<82', or "
+        "leave out --no-build-isolation."
+    )
+native = {}
+# An sdist, and what an installer asks for beforehand, need neither torch nor a compiler.
+builds = any(argument.startswith(("bdist", "build", "develop", "editable", "install")) for argument in sys.argv[1:])
+if builds and flag("DROPPATH_EXT_NATIVE") != "0":
+    torch = import_torch()
+    check_compiler()
+    native = native_extension()
+local = os.environ.get("DROPPATH_EXT_LOCAL")
+setuptools.setup(**native, options={"egg_info": {"tag_build": f"+{local}"}} if local else {})

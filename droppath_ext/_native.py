@@ -1,5 +1,7 @@
 """Loads the native extension, or says why it does not load and how to rebuild it."""
 
+import importlib.metadata
+import os
 import platform
 import re
 import sys
@@ -8,7 +10,8 @@ from pathlib import Path
 
 import torch  # first: it loads the libraries that the extension links to
 
-REBUILD = "pip install --no-build-isolation --no-deps --force-reinstall . (in a checkout of droppath_ext)"
+# pip keeps what it built for a commit, also for another torch.
+REBUILD = "pip install --no-deps --no-cache-dir --force-reinstall . (in a checkout of droppath_ext)"
 HERE = Path(__file__).resolve().parent
 
 
@@ -45,6 +48,16 @@ def _release(version: str) -> str:
     return version.split("+")[0]
 
 
+def _is_pure() -> bool:
+    """Whether this environment is to do without the extension: it was installed so, or is told so."""
+    if "DROPPATH_EXT_NATIVE" in os.environ:
+        return os.environ["DROPPATH_EXT_NATIVE"] == "0"
+    if _binary_in(HERE):
+        return False
+    wheels = (installed.read_text("WHEEL") or "" for installed in importlib.metadata.distributions(name="droppath_ext"))
+    return any("Root-Is-Purelib: true" in wheel for wheel in wheels)
+
+
 def _find() -> Path:
     """The extension beside this file, or that of an installed copy of the same Python files."""
     binary = _binary_in(HERE) or _installed_binary()
@@ -60,23 +73,24 @@ def _find() -> Path:
     return binary
 
 
-BINARY = _find()
-if BINARY.parent != HERE:  # in a checkout: Python prefers the folder that one stands in to what is installed
-    sys.modules["droppath_ext"].__path__.append(str(BINARY.parent))
-
-try:
-    import droppath_ext._C as _C
-except ImportError as error:
-    raise ImportError(
-        f"droppath_ext was built with torch {_built_with(BINARY)}; with torch {torch.__version__} it fails: {error}. "
-        f"To build it: {REBUILD}"
-    ) from error
-
-# Another torch's extension may load and then misbehave: nothing guards the C++ ABI between releases.
-if _release(_C.torch_version) != _release(torch.__version__):
-    raise ImportError(
-        f"droppath_ext was built with torch {_C.torch_version}, but this is torch {torch.__version__}. "
-        f"To build it: {REBUILD}"
-    )
+BINARY = None if _is_pure() else _find()
+if BINARY is not None:
+    if BINARY.parent != HERE:  # in a checkout: Python prefers the folder that one stands in to what is installed
+        sys.modules["droppath_ext"].__path__.append(str(BINARY.parent))
+    try:
+        import droppath_ext._C as _C
+    except ImportError as error:
+        raise ImportError(
+            f"droppath_ext was built with torch {_built_with(BINARY)}; with torch {torch.__version__} it fails: "
+            f"{error}. To build it: {REBUILD}"
+        ) from error
+    # Another torch's extension may load and then misbehave: nothing guards the C++ ABI between releases.
+    if _release(_C.torch_version) != _release(torch.__version__):
+        raise ImportError(
+            f"droppath_ext was built with torch {_C.torch_version}, but this is torch {torch.__version__}. "
+            f"To build it: {REBUILD}"
+        )
+else:
+    from . import _pure as _C  # type: ignore[no-redef]
 
 __all__ = ["BINARY", "HERE", "REBUILD", "_C"]

@@ -8,7 +8,7 @@ from torch import Generator, Tensor
 from torch.compiler import is_compiling
 
 from . import reference
-from ._native import _C, REBUILD
+from ._native import _C, BINARY, REBUILD
 from .checks import (
     DTYPES,
     check_add_inputs,
@@ -43,17 +43,21 @@ from .tracing import (
 
 
 @functools.cache
-def _warn_once_without_kernels() -> None:
-    warnings.warn(
-        "droppath_ext was built without CUDA, so CUDA tensors take the slower composite path. "
-        f"With an nvcc at hand, this builds the kernels: DROPPATH_EXT_CUDA=1 {REBUILD}",
-        stacklevel=4,
-    )
+def _warn_once(sentence: str) -> None:
+    warnings.warn(sentence, stacklevel=4)
 
 
 def _warn_without_kernels(x: Tensor) -> None:
-    if not _C.has_cuda and x.is_cuda:
-        _warn_once_without_kernels()
+    if BINARY is None:
+        _warn_once(
+            "droppath_ext is used without its native extension, so every call takes the slower composite path. "
+            f"With a C++ compiler at hand, this builds it: {REBUILD}"
+        )
+    elif not _C.has_cuda and x.is_cuda:
+        _warn_once(
+            "droppath_ext was built without CUDA, so CUDA tensors take the slower composite path. "
+            f"With an nvcc at hand, this builds the kernels: DROPPATH_EXT_CUDA=1 {REBUILD}"
+        )
 
 
 @scripts_as(lambda: scripted_drop_path)

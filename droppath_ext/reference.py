@@ -125,7 +125,14 @@ def gather(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:
-    return mask_dropped(x.index_select(0, index.clamp(min=0)), index >= 0, 0.0)
+    return mask_dropped(_index_select(x, index.clamp(min=0)), index >= 0, 0.0)
+
+
+def _index_select(x: Tensor, index: Tensor) -> Tensor:
+    """Samples of x, whose channels stay last: index_select by itself forgets that."""
+    if is_compiling() or x.ndim < 3 or x.is_contiguous() or not x.movedim(1, -1).is_contiguous():
+        return x.index_select(0, index)
+    return x.movedim(1, -1).index_select(0, index).movedim(-1, 1)
 
 
 class _Gather(torch.autograd.Function):

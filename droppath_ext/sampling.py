@@ -168,7 +168,9 @@ def _explained(error: RuntimeError, keep: Tensor | None) -> RuntimeError | None:
             'sampling="bernoulli" draws once for all of torch.func.vmap, which randomness="different" does not allow: '
             'use sampling="fixed"'
         )
-    if any(part in text for part in ("_local_scalar_dense", "data pointer", "is not allocated", "meta tensor")):
+    if any(
+        part in text for part in ("_local_scalar_dense", ".item()", "data pointer", "is not allocated", "meta tensor")
+    ):
         what = 'sampling="bernoulli" needs the number of kept samples' if keep is None else "keep must have its values"
         return RuntimeError(
             f"{what} on the host, where fake tensors, traces and transforms have no numbers: use "

@@ -15,6 +15,7 @@ from conftest import (
     case_id,
     dtypes_id,
     like,
+    needs_native,
     pairwise,
     predict_keep,
     random_tensor,
@@ -459,6 +460,7 @@ def test_jvp_of_a_gradient(device, op):
     _assert_near(op, tangents, torch.autograd.grad(plain, inputs, tangent))
 
 
+@needs_native
 @pytest.mark.parametrize(("op", "dual"), [(op, name) for op in (DROP_PATH, ADD_GAMMA) for name in op.inputs])
 def test_native_ops_refuse_what_they_cannot_differentiate(device, op, dual):
     tensors = dict(zip(op.inputs, op.make((6, 4), torch.float32, device), strict=True))
@@ -560,6 +562,7 @@ SOURCES = {
 }
 
 
+@needs_native
 @pytest.mark.parametrize("name", SOURCES)
 @pytest.mark.parametrize("with_gamma", [False, True])
 def test_ops_of_given_sources_have_derivatives(device, name, with_gamma):

@@ -25,6 +25,7 @@ from conftest import (
     exact_add,
     fixed_count,
     formula,
+    needs_native,
     pairwise,
     random_tensor,
     seeded,
@@ -115,6 +116,7 @@ OF_THE_COMPOSITE = {"aten::where", "aten::index_select", "aten::masked_fill", "a
 OF_THE_COMPOSITE |= {"aten::mul", "aten::add"}
 
 
+@needs_native
 @pytest.mark.parametrize(
     ("op", "with_gamma"), [*((op, op.has_gamma) for op in DROP_PATH_OPS), *product(SKIP_OPS, [False, True])]
 )
@@ -133,6 +135,7 @@ def test_the_fused_path_is_taken(device, op, with_gamma):
     assert not OF_THE_COMPOSITE & (forward | backward)
 
 
+@needs_native
 @pytest.mark.parametrize(("op", "with_gamma"), [(ADD, False), (ADD_GAMMA, True), *((op, True) for op in SKIP_OPS)])
 @pytest.mark.parametrize(("drop_prob", "training"), [(0.0, True), (0.5, False)])
 def test_the_fused_path_is_taken_in_eval(device, op, with_gamma, drop_prob, training):
@@ -145,6 +148,7 @@ def test_the_fused_path_is_taken_in_eval(device, op, with_gamma, drop_prob, trai
     assert not OF_THE_COMPOSITE & names
 
 
+@needs_native
 def test_other_tensors_take_the_composite_path():
     x = random_tensor((4, 3))
     assert not uses_fused_path(x.as_subclass(Tagged))
@@ -468,6 +472,7 @@ def test_module_in_a_subclass_model(device, module):
 # --- drop_path_add: routing ---
 
 
+@needs_native
 @pytest.mark.parametrize("dtypes", ALL_ADD_DTYPES, ids=dtypes_id)
 def test_add_route_of_each_mixture_of_dtypes(device, dtypes):
     """The usual mixtures have a kernel; no other does, and no other casts its inputs to one that has."""

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import SAMPLINGS, random_tensor
+from conftest import SAMPLINGS, needs_native, random_tensor
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset
@@ -143,6 +143,7 @@ class _Listing(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@needs_native
 def test_modes_see_the_ops(device):
     model, x = _block(device), random_tensor((16, 6), device=device)
     with _Listing() as listing:

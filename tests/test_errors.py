@@ -9,7 +9,16 @@ from functools import partial
 import numpy
 import pytest
 import torch
-from conftest import NO_CUDA_REASON, SAMPLINGS, assert_same_bits, case_id, generator_state, pairwise, seeded
+from conftest import (
+    NO_CUDA_REASON,
+    SAMPLINGS,
+    assert_same_bits,
+    case_id,
+    generator_state,
+    needs_native,
+    pairwise,
+    seeded,
+)
 from op_cases import ADD, ADD_GAMMA, BATCH_MODE_OPS, DROP_PATH, OPS, SKIP_BERNOULLI, SKIP_FIXED, SKIP_OPS
 
 from droppath_ext import (
@@ -252,6 +261,7 @@ def test_a_refused_call_draws_nothing(device, op, wrong):
 # --- the native ops, called without the Python layer's checks in front ---
 
 
+@needs_native
 @pytest.mark.parametrize(("drop_prob", "value"), BAD_PROBS)
 def test_native_drop_prob(device, drop_prob, value):
     x, gamma = torch.ones(2, 3, device=device), torch.ones(3, device=device)
@@ -260,6 +270,7 @@ def test_native_drop_prob(device, drop_prob, value):
             op(*arguments, drop_prob, True, True)
 
 
+@needs_native
 @pytest.mark.parametrize("dtype", BAD_DTYPES)
 def test_native_dtype(device, dtype):
     x = torch.ones(2, 3, device=device).to(dtype)
@@ -269,6 +280,7 @@ def test_native_dtype(device, dtype):
         NATIVE.scale_kept(x, torch.ones(2, dtype=torch.bool, device=device), 1.0)
 
 
+@needs_native
 def test_native_zero_dimensions(device):
     x = torch.tensor(1.0, device=device)
     with pytest.raises((ValueError, RuntimeError), match=rule(r"\bx\b", "dim")):
@@ -277,6 +289,7 @@ def test_native_zero_dimensions(device):
         NATIVE.scale_kept(x, torch.ones(1, dtype=torch.bool, device=device), 1.0)
 
 
+@needs_native
 @pytest.mark.parametrize("length", [2, 4, 100])
 @pytest.mark.parametrize("on", ["device", "meta"])
 def test_native_keep_of_wrong_length(device, length, on):
@@ -289,12 +302,14 @@ def test_native_keep_of_wrong_length(device, length, on):
         _native_backward(target, sources=keep)
 
 
+@needs_native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8, torch.int32])
 def test_native_keep_of_wrong_dtype(device, dtype):
     with pytest.raises((TypeError, RuntimeError), match=rule("keep", "(?i:bool)")):
         NATIVE.scale_kept(torch.ones(3, 5, device=device), torch.ones(3, dtype=dtype, device=device), 1.0)
 
 
+@needs_native
 def test_native_keep_of_wrong_shape(device):
     with pytest.raises((ValueError, RuntimeError), match="keep"):
         NATIVE.scale_kept(torch.ones(3, 5, device=device), torch.ones(3, 1, dtype=torch.bool, device=device), 1.0)
@@ -302,6 +317,7 @@ def test_native_keep_of_wrong_shape(device):
         NATIVE.scale_kept(torch.ones(3, 5, device=device), torch.tensor(True, device=device), 1.0)
 
 
+@needs_native
 def test_native_keep_that_is_not_contiguous(device):
     """Either refused or read with its stride; never read as if it were dense."""
     keep = torch.tensor([True, False, False, False, True, False], device=device)[::2]  # True, False, True
@@ -379,6 +395,7 @@ def test_add_shapes(device, case, when, dtype):
     _add_error(ValueError, message, *tensors, *when)
 
 
+@needs_native
 @pytest.mark.parametrize("case", WRONG_SHAPES)
 @pytest.mark.parametrize("on", ["device", "meta"])
 def test_native_add_shapes(device, case, on):
@@ -398,6 +415,7 @@ def test_add_suggestion_works(device):
     assert torch.equal(drop_path_add(x, table.expand_as(x)), torch.full_like(x, 2.0))
 
 
+@needs_native
 @pytest.mark.parametrize(
     ("dtype", "which", "when"), pairwise(BAD_DTYPES, ["x", "residual", "gamma"], EVERY_CASE), ids=case_id
 )
@@ -476,12 +494,14 @@ def _native_backward(device="cpu", **changes):
     return NATIVE.add_kept_backward(*(args | changes).values())
 
 
+@needs_native
 def test_native_add_backward_accepts_the_call_that_the_others_change(device):
     grad_x, grad_gamma = _native_backward(device)
     assert torch.equal(grad_x, torch.ones(3, 5, device=device))
     assert torch.equal(grad_gamma, torch.full((5,), 3.0, device=device))
 
 
+@needs_native
 @pytest.mark.parametrize("on", ["device", "meta"])
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_native_add_backward_wrong_arguments(device, on, requires_grad):
@@ -511,6 +531,7 @@ def test_native_add_backward_wrong_arguments(device, on, requires_grad):
             _native_backward(target, **change)
 
 
+@needs_native
 def test_native_add_backward_devices(device):
     """A tensor elsewhere has no memory to read here."""
     for name, tensor in (
@@ -522,6 +543,7 @@ def test_native_add_backward_devices(device):
             _native_backward(device, **{name: tensor.to("meta")})
 
 
+@needs_native
 def test_native_add_backward_keep_that_is_not_contiguous(device):
     """Either refused or read with its stride; never read as if it were dense."""
     keep = torch.tensor([True, False, False, False, True, False], device=device)[::2]  # True, False, True

@@ -12,7 +12,7 @@ from collections import defaultdict
 import pytest
 import torch
 
-from droppath_ext import _C
+from droppath_ext._native import _C
 
 
 class Code:

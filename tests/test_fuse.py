@@ -16,6 +16,7 @@ from conftest import (
     added_samples,
     assert_same_bits,
     dtypes_id,
+    needs_native,
     predict_keep,
     random_tensor,
     runs_cuda_kernels,
@@ -211,6 +212,7 @@ def test_gamma_gradient_accumulates_float64_in_float64(device):
 # --- the gradient of the residual ---
 
 
+@needs_native
 @pytest.mark.parametrize("dtypes", FUSED_ADD_DTYPES, ids=dtypes_id)
 @pytest.mark.parametrize("drop_prob", [0.0, 0.5, 1.0])
 def test_gradient_of_the_residual_is_the_incoming_one(device, dtypes, drop_prob):
@@ -256,6 +258,7 @@ SUBSETS += [("x", "residual", "gamma")]
 SUBSETS_WITHOUT_GAMMA = [subset for subset in SUBSETS if "gamma" not in subset]
 
 
+@needs_native
 @pytest.mark.parametrize("asked", SUBSETS, ids="-".join)
 @pytest.mark.parametrize("requiring", ["all", "asked"])
 @pytest.mark.parametrize("drop_prob", [0.0, 0.5])
@@ -276,6 +279,7 @@ def _names_of_ops(function):
     return result, [event.name for event in profile.events()]
 
 
+@needs_native
 @pytest.mark.parametrize("with_gamma", [False, True])
 @pytest.mark.parametrize("drop_prob", [0.0, 0.5])
 def test_one_op_each_way(device, with_gamma, drop_prob):
@@ -304,6 +308,7 @@ LAYOUTS = {
 }
 
 
+@needs_native
 @pytest.mark.parametrize("x_layout", LAYOUTS)
 @pytest.mark.parametrize("residual_layout", LAYOUTS)
 @pytest.mark.parametrize("grad_layout", LAYOUTS)
@@ -353,6 +358,7 @@ def test_without_gamma_only_the_mask_is_saved(device, dtypes, mode, drop_prob, r
     assert more == mask if "x" in requiring else more <= mask
 
 
+@needs_native
 @pytest.mark.parametrize("dtypes", ADD_GAMMA_DTYPES, ids=dtypes_id)
 @pytest.mark.parametrize("mode", ["row", "batch"])
 @pytest.mark.parametrize("drop_prob", [0.0, 0.5])

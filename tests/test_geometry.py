@@ -21,7 +21,7 @@ from conftest import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from droppath_ext import _C
+from droppath_ext._native import _C
 
 OPS = torch.ops.droppath_ext
 

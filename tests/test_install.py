@@ -11,7 +11,9 @@ import torch
 from conftest import HAS_CUDA
 
 import droppath_ext
-from droppath_ext import _C
+from droppath_ext._native import _C
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def _python(*arguments, **options):
@@ -88,7 +90,7 @@ def import_copy(tmp_path):
     return run
 
 
-REBUILD = "pip install --no-build-isolation"
+REBUILD = "pip install --no-deps --no-cache-dir --force-reinstall"
 
 
 def test_no_extension(import_copy):
@@ -173,21 +175,105 @@ def test_checkout_beside_an_extension_of_another_torch(checkout):
     assert f"built with torch 9{_C.torch_version[1:]}, but this is torch" in result.stderr
 
 
+# --- without an extension, on purpose ---
+
+USE = """
+import warnings, torch, droppath_ext
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    x = torch.ones(64, 3)
+    out = droppath_ext.drop_path(x, 0.5, training=True)
+    assert set(out.unique().tolist()) == {0.0, 2.0}
+    droppath_ext.drop_path_add(x, x, 0.5, training=True)
+    droppath_ext.stochastic_depth(x, torch.neg, 0.5, training=True)
+(warning,) = caught
+print(warning.message)
+"""
+
+
+def _check_pure(folder, *site):
+    info, use = (_run_in(folder, *arguments, site=site) for arguments in (("-m", "droppath_ext.info"), ("-c", USE)))
+    assert info.returncode == 0, info.stdout + info.stderr
+    assert f"{'native extension':32} none: every call takes the slower composite path" in info.stdout
+    assert not info.stderr
+    assert use.returncode == 0, use.stderr
+    assert use.stdout.startswith("droppath_ext is used without its native extension")
+    assert REBUILD in use.stdout
+
+
+def test_done_without_for_once(monkeypatch):
+    monkeypatch.setenv("DROPPATH_EXT_NATIVE", "0")
+    _check_pure(ROOT)
+
+
+@pytest.fixture(scope="module")
+def pure_site(tmp_path_factory):
+    """Where the package is installed with DROPPATH_EXT_NATIVE=0, from a copy of the sources."""
+    sources, site = (tmp_path_factory.mktemp(name) for name in ("sources", "site"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, sources)
+    _copy(sources)
+    pip = ("-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "--target", str(site), str(sources))
+    result = _python(*pip, env=os.environ | {"DROPPATH_EXT_NATIVE": "0", "CXX": "no-such-compiler"})
+    assert result.returncode == 0, result.stderr
+    return site
+
+
+def test_installed_without(pure_site):
+    assert not list(pure_site.glob("droppath_ext/_C*.so"))
+    (metadata,) = pure_site.glob("droppath_ext-*.dist-info")
+    assert "Tag: py3-none-any" in (metadata / "WHEEL").read_text()
+    _check_pure("/", pure_site)
+
+
 # --- building ---
 
-SETUP = Path(__file__).parents[1] / "setup.py"
 
-
-def _setup(**environment):
-    """Every sentence below comes before anything is compiled."""
+def _setup(prelude="", **environment):
+    """The sentence that a build ends with. All come before anything is compiled."""
     env = {name: value for name, value in os.environ.items() if name not in ("CUDA_HOME", "CUDA_PATH")}
-    result = _python(str(SETUP), "build_ext", cwd=SETUP.parent, env=env | environment)
+    run = "import runpy, sys; sys.argv = ['setup.py', 'build_ext']\n" + prelude + "\nrunpy.run_path('setup.py')"
+    result = _python("-c", run, cwd=ROOT, env=env | environment)
     assert result.returncode == 1
-    return result.stderr
+    return result.stderr.strip().splitlines()[-1]
 
 
-def test_bad_demand():
-    assert "DROPPATH_EXT_CUDA must be 0 or 1, but got 'yes'" in _setup(DROPPATH_EXT_CUDA="yes")
+@pytest.mark.parametrize("name", ["DROPPATH_EXT_CUDA", "DROPPATH_EXT_NATIVE"])
+def test_bad_demand(name):
+    assert _setup(**{name: "yes"}) == f"{name} must be 0 or 1, but got 'yes'"
+
+
+def test_old_setuptools():
+    message = _setup("import setuptools; setuptools.__version__ = '65.5.0'")
+    assert message.startswith("setuptools 65.5.0 cannot read this pyproject.toml: pip install 'setuptools>=77,<82'")
+
+
+def test_no_torch():
+    message = _setup("sys.modules['torch'] = None")
+    assert f"which {sys.executable} cannot import" in message
+    assert "pip install torch, then" in message
+
+
+def test_another_torch_than_that_of_the_environment(tmp_path):
+    """As where what isolates the build brings its own."""
+    (tmp_path / "torch.py").write_text("__version__ = '1.2.3'")
+    message = _setup(f"sys.path.insert(0, {str(tmp_path)!r})")
+    version = torch.__version__.split("+")[0]
+    assert message.startswith(
+        f"the build would be against torch 1.2.3 in {tmp_path}, but the environment has torch {version}"
+    )
+
+
+def test_no_compiler():
+    message = _setup(CXX="no-such-compiler -m64")
+    assert message.startswith("no C++ compiler: there is no no-such-compiler on PATH. Install one (apt install g++,")
+    assert "DROPPATH_EXT_NATIVE=0" in message
+
+
+def test_no_headers_of_python(tmp_path):
+    include = f"{str(tmp_path)!r} if name == 'include' else get(name)"
+    message = _setup(f"import sysconfig; sysconfig.get_path = lambda name, get=sysconfig.get_path: {include}")
+    assert message.startswith(f"no headers of Python: there is no Python.h in {tmp_path}. Install them")
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
@@ -196,9 +282,14 @@ def test_cuda_demanded_of_a_cpu_only_torch():
 
 
 @pytest.mark.skipif(torch.version.cuda is None, reason="this torch is CPU-only")
-def test_wrong_cuda_home(tmp_path):
-    message = _setup(DROPPATH_EXT_CUDA="1", CUDA_HOME=str(tmp_path))
-    assert f"DROPPATH_EXT_CUDA=1, but {tmp_path}, which CUDA_HOME names, holds no bin/nvcc" in message
+@pytest.mark.parametrize("wanted", ["by the user", "by a GPU"])
+def test_no_nvcc(tmp_path, wanted):
+    missing = f"{tmp_path}, which CUDA_HOME names, holds no bin/nvcc: correct or unset it"
+    if wanted == "by the user":
+        assert _setup(DROPPATH_EXT_CUDA="1", CUDA_HOME=str(tmp_path)) == f"DROPPATH_EXT_CUDA=1, but {missing}"
+    else:
+        message = _setup("import torch; torch.cuda.device_count = lambda: 1", CUDA_HOME=str(tmp_path))
+        assert message == f"there is a GPU, but {missing}. DROPPATH_EXT_CUDA=0 builds without the CUDA kernels."
 
 
 @pytest.mark.skipif(torch.version.cuda is None, reason="this torch is CPU-only")
@@ -209,3 +300,8 @@ def test_nvcc_of_another_major_version(tmp_path):
     nvcc.chmod(0o755)
     message = _setup(CUDA_HOME=str(tmp_path))
     assert f"built with CUDA {torch.version.cuda}, but nvcc is 1.5 in {tmp_path}: pip install" in message
+
+
+def test_one_version():
+    project = (ROOT / "pyproject.toml").read_text()
+    assert f'\nversion = "{droppath_ext.__version__}"\n' in project

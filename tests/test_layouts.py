@@ -24,6 +24,7 @@ from conftest import (
     checked_skip,
     dtypes_id,
     expected_drop_path,
+    needs_native,
     pairwise,
     predict_keep,
     random_tensor,
@@ -521,6 +522,7 @@ def test_skip_layout_of_the_branch(device, branch_layout, x_layout, sampling, wi
     assert out.stride() == torch.empty_like(x).stride()
 
 
+@needs_native
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.channels_last_3d])
 def test_skip_branch_sees_channels_last(device, sampling, memory_format):
@@ -534,6 +536,7 @@ def test_skip_branch_sees_channels_last(device, sampling, memory_format):
     assert rows.is_contiguous(memory_format=memory_format)
 
 
+@needs_native
 def test_gathered_rows_with_gaps_and_channels_outside_of_the_samples(device):
     """No vector may reach from one row into the next: what lies between them belongs to nobody."""
 

@@ -23,7 +23,8 @@ from conftest import (
     zero_dropped,
 )
 
-from droppath_ext import _C, reference
+from droppath_ext import reference
+from droppath_ext._native import _C
 
 OPS = torch.ops.droppath_ext
 # The last two compare or trace several runs, which a random op can pass only where its outcome is certain.

@@ -16,6 +16,7 @@ from conftest import (
     dtypes_id,
     generator_state,
     kept_samples,
+    needs_native,
     predict_keep,
     random_tensor,
     seeded,
@@ -24,7 +25,6 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from droppath_ext import (
-    _C,
     DropPath,
     DropPathAdd,
     StochasticDepth,
@@ -34,6 +34,7 @@ from droppath_ext import (
     reference,
     stochastic_depth,
 )
+from droppath_ext._native import _C
 
 SHAPE = (12, 5, 8)
 
@@ -246,6 +247,7 @@ def test_gamma_along_the_samples_is_refused_there_too(device):
         drop_path_add(x, x, 0.5, True, gamma=torch.ones(12, 1, device=device), dim=1)
 
 
+@needs_native
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_skip_of_another_sample_dimension(device, sampling):
     """The branch sees [N, K, D], and so do the tensors beside x."""
@@ -340,6 +342,7 @@ def test_rate_of_a_tensor(device, rate, dtype):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-5)
 
 
+@needs_native
 @pytest.mark.parametrize("rate", RATES)
 def test_rate_that_only_the_device_knows(device, rate):
     """The composite path, as compilers meet it, and the op that the kernels' path starts with."""
@@ -375,6 +378,7 @@ def test_a_rate_is_as_exact_as_what_it_scales():
     assert set(out.unique().tolist()) <= {0.0, 1 / (1 - float(p))}
 
 
+@needs_native
 def test_a_factor_is_not_rounded_in_a_differentiable_backward():
     grad = torch.randn(4096, 1).bfloat16()
     x = torch.zeros_like(grad).requires_grad_()
@@ -390,6 +394,7 @@ def test_a_rate_with_a_gradient_warns_nobody(recwarn):
     assert len(recwarn) == 0
 
 
+@needs_native
 def test_factors_of_the_ops(device):
     """A factor multiplies the scale, in all passes; the derivatives of the ops know it."""
     ops = torch.ops.droppath_ext

@@ -16,6 +16,7 @@ from conftest import (
     dtypes_id,
     generator_state,
     kept_samples,
+    needs_native,
     philox,
     predict_keep,
     predicted_mask,
@@ -95,6 +96,7 @@ def test_drawn_mask_is_the_predicted_mask(device, mode, drop_prob, batch):
             assert torch.equal(kept_samples(out), expected.expand(batch))
 
 
+@needs_native
 def test_a_call_takes_one_number_from_the_cpu_generator():
     for count, mode in [(1, "row"), (5000, "row"), (5000, "batch")]:
         twin = twin_of(torch.default_generator)

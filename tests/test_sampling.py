@@ -25,7 +25,8 @@ from conftest import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from droppath_ext import _C, drop_path, reference, stochastic_depth
+from droppath_ext import drop_path, reference, stochastic_depth
+from droppath_ext._native import _C
 
 DRAWS = 20_000
 FIXED = ["native", "composite"]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import HAS_CUDA
 
-from droppath_ext import _C
+from droppath_ext._native import _C
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 

@@ -28,6 +28,7 @@ from conftest import (
     formula,
     generator_state,
     kept_samples,
+    needs_native,
     pairwise,
     predict_keep,
     random_tensor,
@@ -463,6 +464,7 @@ def test_add_ignores_gamma_in_dropped_samples(device, dtypes, value):
     assert not grad_x[keep].isfinite().any()
 
 
+@needs_native
 @pytest.mark.parametrize("dtype", HALF_DTYPES)
 @pytest.mark.parametrize("with_gamma", [False, True])
 def test_add_copies_every_bit_pattern_of_a_dropped_residual(device, dtype, with_gamma):

@@ -23,6 +23,7 @@ from conftest import (
     fixed_count,
     generator_state,
     like,
+    needs_native,
     predict_skip,
     random_tensor,
     saved_storages,
@@ -458,6 +459,7 @@ def test_all_dropped_lets_nothing_through(device, sampling, value, dtype, with_g
         assert_positive_zero(other)
 
 
+@needs_native
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.0])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -613,6 +615,7 @@ def test_module_trains(device, sampling):
 # --- what autograd keeps, and what is computed ---
 
 
+@needs_native
 @pytest.mark.parametrize("create_graph", [False, True])
 @pytest.mark.parametrize("hooked", [False, True])
 def test_gradients_between_blocks_are_added_in_place(device, create_graph, hooked):
@@ -639,6 +642,7 @@ def test_gradients_between_blocks_are_added_in_place(device, create_graph, hooke
     assert_near(x.grad.detach(), expected)
 
 
+@needs_native
 def test_where_nothing_is_dropped_the_gradient_is_handed_on(device):
     """The first block of a linear schedule: a plain addition, whose backward computes nothing."""
     x = random_tensor((8, 5), device=device).requires_grad_()
@@ -656,6 +660,7 @@ def test_where_nothing_is_dropped_the_gradient_is_handed_on(device):
     assert_same_bits(grad_x, grad * 3 + grad)
 
 
+@needs_native
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("with_gamma", [False, True])
@@ -694,6 +699,7 @@ def _large_allocations(function, size):
     return result, sum(event.nbytes() >= size for event in events)
 
 
+@needs_native
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("with_gamma", [False, True])
