@@ -125,10 +125,12 @@ def calls_of_bernoulli(drop_prob: float) -> Masks:
 
 
 def sample_over_calls_of_fixed(drop_prob: float) -> Masks:
-    """Within a call "fixed" samples depend on each other; over the calls, each is kept K / B of the time."""
-    count = round(SEQUENCES * (1 - drop_prob))
-    calls = [_C.fixed_slots(SEED, OFFSETS_A_CALL * call, SEQUENCES, count) for call in range(SAMPLES)]
-    return (torch.stack(calls, 1) >= 0).numpy()
+    """Within a call samples depend on each other; over the calls, each is kept K / B of the time."""
+    batch = 160  # of which every rate takes a whole number
+    calls = [
+        _C.fixed_slots(SEED, OFFSETS_A_CALL * call, batch, round(batch * (1 - drop_prob))) for call in range(SAMPLES)
+    ]
+    return (torch.stack(calls, 1)[:SEQUENCES] >= 0).numpy()
 
 
 SOURCES: dict[str, Callable[[float], Masks]] = {
@@ -141,10 +143,6 @@ SOURCES: dict[str, Callable[[float], Masks]] = {
     'call after call of `stochastic_depth`, "bernoulli"': calls_of_bernoulli,
     'one sample over the calls, "fixed", GPU': sample_over_calls_of_fixed,
 }
-
-
-def keep_prob_of(source: str, drop_prob: float) -> float:
-    return round(SEQUENCES * (1 - drop_prob)) / SEQUENCES if "fixed" in source else 1 - drop_prob
 
 
 # --- correlation between layers, steps and ranks ---

@@ -30,7 +30,6 @@ from randomness import (
     correlation_p_values,
     correlations,
     count_kept,
-    keep_prob_of,
     p_values,
     training_on_gpus,
     uniformity,
@@ -146,7 +145,7 @@ def main() -> None:
         for drop_prob in RATES:
             masks = draw(drop_prob)
             for test in TESTS:
-                values[source, test, drop_prob] = p_values(test, masks, keep_prob_of(source, drop_prob))
+                values[source, test, drop_prob] = p_values(test, masks, 1 - drop_prob)
     folder = DOCS / "figures"
     folder.mkdir(exist_ok=True)
     with plt.rc_context(STYLE):

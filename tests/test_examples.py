@@ -5,20 +5,27 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
+from ipykernel.kernelspec import install
+from nbclient import NotebookClient
+
+import droppath_ext
 
 pytest.importorskip("timm", reason="timm does not import", exc_type=ImportError)
-nbformat = pytest.importorskip("nbformat")
-from ipykernel.kernelspec import install  # noqa: E402
-from nbclient import NotebookClient  # noqa: E402
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 NOTEBOOK = EXAMPLES / "quickstart.ipynb"
 
 
 @pytest.fixture(autouse=True)
-def _imports_what_the_tests_import(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+def _imports_the_package_under_test(monkeypatch):
+    folder = str(Path(droppath_ext.__file__).parent.parent)
+    monkeypatch.setenv("PYTHONPATH", folder, prepend=os.pathsep)
+
+
+def _outputs(notebook):
+    return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
 
 
 @pytest.mark.parametrize(
@@ -34,9 +41,11 @@ def test_script_draws_its_picture(script, arguments, tmp_path):
 
 
 def test_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
-    """In a kernel of this interpreter, whatever kernels the machine has."""
+    """In a kernel of this interpreter, whatever kernels and settings the machine has."""
     install(prefix=str(tmp_path), kernel_name="this-interpreter")
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "share" / "jupyter"))
+    for variable in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR"):
+        monkeypatch.setenv(variable, str(tmp_path / variable))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     notebook.cells.append(nbformat.v4.new_code_cell("import sys; print(sys.executable)"))
     client = NotebookClient(
@@ -44,11 +53,7 @@ def test_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
     )
     client.execute()
     assert notebook.cells.pop().outputs[0].text.strip() == sys.executable
-    assert {output.output_type for output in outputs(notebook)} == {"stream", "display_data"}
-
-
-def outputs(notebook):
-    return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert {output.output_type for output in _outputs(notebook)} == {"stream", "display_data"}
 
 
 def test_notebook_is_committed_as_it_ran():
@@ -57,6 +62,6 @@ def test_notebook_is_committed_as_it_ran():
     nbformat.validate(notebook)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
-    assert {output.output_type for output in outputs(notebook)} == {"stream", "display_data"}
-    texts = [output.text for output in outputs(notebook) if output.output_type == "stream"]
+    assert {output.output_type for output in _outputs(notebook)} == {"stream", "display_data"}
+    texts = [output.text for output in _outputs(notebook) if output.output_type == "stream"]
     assert not [text for text in texts if "/" in text or "\\" in text or "Warning" in text]
