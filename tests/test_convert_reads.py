@@ -641,3 +641,60 @@ def test_odd_signatures(level):
         report = convert(model, level, example=x, min_drop_prob=0.0)
         assert report.count(level) == 2, report
         assert_same_step(step(model, x), step(kept, x))
+
+
+# --- names that would run as code, as those of a configuration from elsewhere might ---
+
+RUN = 'getattr(__import__("sys"), "exit")("a name has run")'
+NAMES = {
+    "ends a string": f'a", None) or {RUN} or getattr(self, "b',
+    "is escaped": f"\\' and {RUN}] #",
+    "is an expression": f"training and {RUN}",
+    "is an argument": f"a=1, **dict(b={RUN}), c",
+}
+PLACES = ("child", "parameter", "attribute", "key", "keyword")
+
+
+class Projection(nn.Linear):
+    def forward(self, x, **factors):
+        return super().forward(x) * (sum(factors.values()) if factors else 1.0)
+
+
+class Named(nn.Module):
+    """Reads by names that it was given."""
+
+    def __init__(self, **names):
+        super().__init__()
+        self.names = names
+        self.children_by_name = nn.ModuleDict()
+        self.children_by_name.add_module(names["child"], Projection(CHANNELS, CHANNELS))
+        self.register_parameter(names["parameter"], nn.Parameter(torch.full((CHANNELS,), 0.5)))
+        setattr(self, names["attribute"], 2.0)
+        self.settings = {names["key"]: 3.0}
+        self.drop = OwnDropPath(0.5)
+
+    def forward(self, x):
+        names = self.names
+        child = self.children_by_name[names["child"]]
+        y = child(x, **{names["keyword"]: 2.0}) * getattr(self, names["parameter"])
+        return x + self.drop(y * getattr(self, names["attribute"]) * self.settings[names["key"]])
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("level", ["fuse", "skip"])
+def test_names_are_not_run(level, name, place):
+    torch.manual_seed(0)
+    kept = nn.Sequential(Named(**{**dict(zip(PLACES, PLACES, strict=True)), place: NAMES[name]})).double().train()
+    model = copy.deepcopy(kept)
+    x = images(6, 3, CHANNELS)
+    convert(kept, "keep")
+    convert(model, level, example=x, min_drop_prob=0.0)
+    assert_same_step(step(model, x), step(kept, x))
+
+
+def test_names_that_are_no_identifiers_are_fine():
+    names = {"child": "it's 3x3", "parameter": "w-1", "attribute": "factor", "key": 'a "key"', "keyword": "factor"}
+    model = nn.Sequential(Named(**names)).double().train()
+    report = convert(model, "skip", example=images(6, 3, CHANNELS), min_drop_prob=0.0)
+    assert report.count("skip") == 1, report

@@ -96,6 +96,7 @@ def _named_function(name: str) -> Callable[..., Any]:
 def _body(graph: fx.Graph, branches: Iterable[Branch] = ()) -> tuple[str, str]:
     """Import statements, and the lines of a function whose arguments are the graph's placeholders."""
     graph.lint()
+    _check_names(graph)
     code = graph.python_code("self")
     text = code.src[code.src.index("def forward(") :].partition("\n")[2].rstrip() + "\n"
     text = re.sub(r"\s*# type: ignore.*", "", text)
@@ -113,6 +114,14 @@ def _body(graph: fx.Graph, branches: Iterable[Branch] = ()) -> tuple[str, str]:
         elif name != "torch":
             imports.append(_import(name, value))
     return "".join(imports), text
+
+
+def _check_names(graph: fx.Graph) -> None:
+    """torch.fx writes names as they are: what follows a quote in one, or is no identifier as a keyword, would run."""
+    for node in graph.nodes:
+        is_name = node.op in ("get_attr", "call_module", "call_method")
+        if (is_name and re.search(r'["\\\x00-\x1f]', str(node.target))) or not all(map(str.isidentifier, node.kwargs)):
+            raise CannotPlan("it uses a name that cannot be written as source text")
 
 
 def _import(name: str, value: Any) -> str:

@@ -160,7 +160,7 @@ class Reads:
         is_stored = name in object.__getattribute__(owner, "__dict__")
         if not is_stored and callable(value):
             self._require(place, f"{name!r} not in vars(", ")")
-        self._value((path, f"{text}.{name}"), value, is_stored=is_stored)
+        self._value((path, self._member(text, name)), value, is_stored=is_stored)
 
     def _no_member(self, owner: Any, name: str) -> None:
         """Of the object itself: a parameter, buffer or child of a module, or nothing."""
@@ -179,7 +179,12 @@ class Reads:
         except AttributeError:
             self._require(place, "not hasattr(", f", {name!r})")
         else:
-            self._value((place[0], f"{place[1]}.{name}"), value, is_stored=True)
+            self._value((place[0], self._member(place[1], name)), value, is_stored=True)
+
+    def _member(self, text: str, name: str) -> str:
+        if not name.isidentifier():  # setattr takes any string: as a part of an expression it would run
+            self.refuse("its forward reads an attribute whose name is no identifier")
+        return f"{text}.{name}"
 
     def _child(self, place: Place, name: str, child: nn.Module) -> None:
         """A child that is registered under two names is called by the first; its type may decide what is done."""
