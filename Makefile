@@ -1,4 +1,4 @@
-# make bench · make test · make test-pure · make test-timm · make test-all-models · make test-kernels · make mutants · make lint · make sass · make gpu-check · make gpu-tune
+# make bench · make test · make test-pure · make test-timm · make test-all-models · make test-kernels · make mutants · make lint · make sass · make docs · make wheels · make release-check · make gpu-check · make gpu-tune
 #
 # Each does its own set-up in .venv, or uses the interpreter that PYTHON= names as it is:
 #   make test PYTHON=/opt/conda/bin/python
@@ -6,6 +6,9 @@
 
 VENV ?= .venv
 TORCH ?= torch torchvision timm transformers accelerate
+# Bare versions are what `make wheels` builds for, in environments of their own.
+VERSIONS := $(filter 2.%,$(TORCH))
+PACKAGES := $(if $(VERSIONS),torch torchvision timm transformers accelerate,$(TORCH))
 
 ifdef PYTHON
 ENVIRONMENT :=
@@ -25,7 +28,7 @@ endif
 
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: bench test test-pure test-timm test-all-models test-kernels mutants lint sass gpu-check gpu-tune build clean
+.PHONY: bench test test-pure test-timm test-all-models test-kernels mutants lint sass docs wheels release-check gpu-check gpu-tune build clean
 
 bench: build
 	$(PYTHON) benchmarks/run.py $(BENCH_ARGS)
@@ -66,11 +69,23 @@ lint: $(ENVIRONMENT)
 sass: build
 	$(PYTHON) benchmarks/sass.py --compile $(SASS_ARGS)
 
+# The pages of docs/, with the others that they link to, as a site in build/site.
+docs: $(ENVIRONMENT)
+	$(PYTHON) -m mkdocs build --strict --quiet
+
 gpu-check: $(ENVIRONMENT)
 	$(PYTHON) benchmarks/gpu_check.py $(GPU_CHECK_ARGS)
 
 gpu-tune: $(ENVIRONMENT)
 	timeout -k 5 590 sh -c '$(MAKE) build PYTHON=$(PYTHON) && $(PYTHON) benchmarks/tune.py $(GPU_TUNE_ARGS)'
+
+# One for each Python and torch, in dist/wheels: make wheels TORCH="2.11 2.13 2.14" PYTHONS="python3.11 python3.12"
+wheels: $(ENVIRONMENT)
+	PYTHONPATH= $(PYTHON) .ci/release.py wheels $(VERSIONS:%=--torch %) $(PYTHONS:%=--python %)
+
+# Every way to install it, each in a fresh environment: some 20 minutes.
+release-check: $(ENVIRONMENT)
+	PYTHONPATH= $(PYTHON) .ci/release.py check $(RELEASE_ARGS)
 
 build: $(BUILD)
 
@@ -82,8 +97,8 @@ $(BUILD): $(ENVIRONMENT) $(SOURCES)
 $(VENV)/.installed: pyproject.toml
 	python3 -m venv $(VENV)
 	$(PYTHON) -m pip install --upgrade pip setuptools wheel ninja
-	$(PYTHON) -m pip install $(TORCH)
-	$(PYTHON) -m pip install --group test --group bench --group lint
+	$(PYTHON) -m pip install $(PACKAGES)
+	$(PYTHON) -m pip install --group test --group bench --group lint --group docs --group release
 	@cuda=$$($(PYTHON) -c 'import torch; print(torch.version.cuda or "")') && \
 	if [ -n "$$cuda" ] && [ "$(DROPPATH_EXT_CUDA)" != 0 ] && [ -z "$(CUDA_HOME)" ] && \
 	    ! nvcc --version 2>/dev/null | grep -q "release $${cuda%%.*}\."; then \
