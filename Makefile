@@ -71,7 +71,7 @@ sass: build
 
 # The pages of docs/, with the others that they link to, as a site in build/site.
 docs: $(ENVIRONMENT)
-	$(PYTHON) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(PYTHON) -m mkdocs build --strict
 
 gpu-check: $(ENVIRONMENT)
 	$(PYTHON) benchmarks/gpu_check.py $(GPU_CHECK_ARGS)

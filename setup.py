@@ -25,6 +25,7 @@ from pathlib import Path
 from types import ModuleType
 
 import setuptools
+from setuptools.command.egg_info import egg_info
 
 # What torch's own wheels carry: Turing to Blackwell, and PTX for what comes after.
 DEFAULT_ARCHS = "7.5;8.0;8.6;9.0;10.0;12.0+PTX"
@@ -165,8 +166,8 @@ def cudart_dirs(toolkit: Path) -> list[str]:
     return [str(link.parent)]
 
 
-def native_extension() -> dict[str, object]:
-    """The arguments of setup() for droppath_ext._C."""
+def native_extension() -> tuple[setuptools.Extension, type]:
+    """droppath_ext._C, and the command that builds it."""
     # torch looks for ninja on PATH, where a virtual environment that is not activated has none of its programs.
     os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
     toolkit = find_cuda()
@@ -193,7 +194,16 @@ def native_extension() -> dict[str, object]:
         library_dirs=cudart_dirs(toolkit) if toolkit else [],
         depends=[str(path) for path in Path("csrc").rglob("*.*") if path.suffix not in (".cpp", ".cu")],
     )
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}
+    return extension, BuildExtension
+
+
+class EggInfo(egg_info):
+    """With the local version, wherever setuptools asks for the version. An sdist's setup.cfg would win over options."""
+
+    def finalize_options(self) -> None:
+        if local := os.environ.get("DROPPATH_EXT_LOCAL"):
+            self.tag_build = f"+{local}"
+        super().finalize_options()
 
 
 if int(setuptools.__version__.split(".")[0]) < 77:
@@ -201,12 +211,12 @@ if int(setuptools.__version__.split(".")[0]) < 77:
         f"setuptools {setuptools.__version__} cannot read this pyproject.toml: pip install 'setuptools>=77,<82', or "
         "leave out --no-build-isolation."
     )
-native = {}
+extensions, commands = [], {"egg_info": EggInfo}
 # An sdist, and what an installer asks for beforehand, need neither torch nor a compiler.
 builds = any(argument.startswith(("bdist", "build", "develop", "editable", "install")) for argument in sys.argv[1:])
 if builds and flag("DROPPATH_EXT_NATIVE") != "0":
     torch = import_torch()
     check_compiler()
-    native = native_extension()
-local = os.environ.get("DROPPATH_EXT_LOCAL")
-setuptools.setup(**native, options={"egg_info": {"tag_build": f"+{local}"}} if local else {})
+    extension, commands["build_ext"] = native_extension()
+    extensions.append(extension)
+setuptools.setup(ext_modules=extensions, cmdclass=commands)

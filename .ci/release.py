@@ -62,6 +62,7 @@ class Environment:
         run(python, "-m", "venv", self.folder)
         self.python = self.folder / "bin/python"
         self.pip("install", f"torch=={version}.*", "numpy")  # without NumPy torch prints a warning
+        self.path = f"{self.folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
         self.torch = self.ask("print(torch.__version__)")
         self.files = self.all_files()
 
@@ -161,15 +162,21 @@ def wheels(pythons: list[str], versions: list[str]) -> None:
             if first.read_bytes() != second.read_bytes():
                 raise Failure(f"{first.name} comes out differently when built again")
             check_contents(first)
+            shutil.copy(first, WHEELS)
+            write_index()
             tester = Environment("tester", version, python)
-            tester.pip("install", "--no-deps", first)
+            run("bash", "-ec", install_from_index(first), cwd=ROOT, PATH=tester.path)
             tester.self_test()
             tester.uninstall()
-            shutil.copy(first, WHEELS)
             print(f"{first.name}: {first.stat().st_size:,} bytes, the same twice, self-test passes", flush=True)
             for name in ("first", "second", "builder", "tester"):
                 shutil.rmtree(WORK / name)
-    write_index()
+
+
+def install_from_index(wheel: Path) -> str:
+    """The command of docs/install.md for this wheel."""
+    command = re.search(r"^pip install .*--find-links.*$", (ROOT / "docs/install.md").read_text(), re.MULTILINE)[0]
+    return re.sub(r"==[^\"]+", f"=={wheel.name.split('-')[1]}", command)
 
 
 # --- check ---
@@ -237,8 +244,7 @@ def check() -> None:
 
     oldest = Environment("oldest", "2.11")
     with way("README's lines, in a checkout", oldest.torch):
-        path = f"{oldest.folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
-        run("bash", "-ec", quick_start(), cwd=sources(sdist), PATH=path)
+        run("bash", "-ec", quick_start(), cwd=sources(sdist), PATH=oldest.path)
         oldest.self_test()
         oldest.uninstall()
     with way("`--no-build-isolation` with an old setuptools: the sentence", oldest.torch):

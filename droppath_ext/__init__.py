@@ -1,4 +1,4 @@
-"""Stochastic depth (DropPath) for PyTorch as fast as the hardware allows."""
+"""Stochastic depth (DropPath) for PyTorch that does not compute what it drops."""
 
 from .convert import convert, drop_path_rates, restore, set_drop_path_rate
 from .functional import draw_keep, drop_path, drop_path_add, stochastic_depth

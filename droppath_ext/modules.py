@@ -41,7 +41,11 @@ class DropPath(nn.Module):
         sample_dim: Which dim of x counts the samples.
 
     Shape:
-        Input and output: [B, ...]; see :func:`droppath_ext.drop_path` for dtypes and errors.
+        Input and output: [B, ...]; see :func:`droppath_ext.drop_path` for dtypes.
+
+    Raises:
+        ValueError: ``drop_prob`` is a number outside [0, 1], or ``mode`` is unknown; in a call, as ``drop_path``.
+        TypeError: ``drop_prob`` is neither a number nor a 0-dim tensor; in a call, as ``drop_path``.
     """
 
     if TYPE_CHECKING:  # torch.jit.script would read it, and knows no such union
@@ -130,7 +134,12 @@ class DropPathAdd(LayerScaled):
         dtype: That of gamma. Default: torch's.
 
     Shape:
-        x, residual and output: [B, ...]; see :func:`droppath_ext.drop_path_add` for dtypes and errors.
+        x, residual and output: [B, ...]; see :func:`droppath_ext.drop_path_add` for dtypes.
+
+    Raises:
+        ValueError: ``drop_prob`` is a number outside [0, 1], ``mode`` is unknown, ``dim`` and ``init_values`` do not
+            come together, or ``channels_first`` does not fit them; in a call, as ``drop_path_add``.
+        TypeError: ``drop_prob`` is neither a number nor a 0-dim tensor; in a call, as ``drop_path_add``.
     """
 
     if TYPE_CHECKING:  # torch.jit.script would read it, and knows no such union
@@ -190,7 +199,14 @@ class StochasticDepth(LayerScaled):
 
     Shape:
         x and output: [B, ...]; ``forward(x, *batched)`` hands the kept samples of further tensors to the branch. See
-        :func:`droppath_ext.stochastic_depth` for dtypes and errors.
+        :func:`droppath_ext.stochastic_depth` for dtypes.
+
+    Raises:
+        ValueError: ``drop_prob`` is a number outside [0, 1], ``sampling`` or ``mode`` is unknown, ``dim`` and
+            ``init_values`` do not come together, or ``channels_first`` does not fit them; in a call, as
+            ``stochastic_depth``.
+        TypeError: ``branch`` is not callable, or ``drop_prob`` is neither a number nor a 0-dim tensor; in a call, as
+            ``stochastic_depth``.
     """
 
     def __init__(

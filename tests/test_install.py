@@ -129,7 +129,7 @@ def checkout(tmp_path):
 
 
 def test_checkout_uses_the_installed_extension(checkout):
-    """README's first two lines, the second in the folder of the first: both are of the same sources."""
+    """README's last two lines, the second in the folder of the first: both are of the same sources."""
     result = _run_in(checkout, "-m", "droppath_ext.info", site=[checkout.parent / "site"])
     assert result.returncode == 0, result.stdout + result.stderr
     package, binary = (checkout.parent / place / "droppath_ext" for place in ("checkout", "site"))

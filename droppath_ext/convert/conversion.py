@@ -109,7 +109,14 @@ def convert(
 
 
 def restore(model: nn.Module) -> None:
-    """Take ``convert`` back, in place: the modules have their own classes again. A model as it was is left alone."""
+    """Take ``convert`` back, in place: the modules have their own classes again.
+
+    Args:
+        model: A converted model. Any other is left alone.
+
+    Raises:
+        TypeError: ``model`` is no nn.Module.
+    """
     model.__dict__.pop(_CONVERSION, None)
     for module in model.modules():
         if is_mounted(module):
