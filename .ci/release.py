@@ -121,16 +121,9 @@ def build_wheel(environment: Environment, sdist: Path, name: str) -> Path:
 
 
 def check_contents(wheel: Path) -> None:
-    run(
-        sys.executable,
-        "-m",
-        "check_wheel_contents",
-        "--package",
-        ROOT / "droppath_ext",
-        "--package-omit",
-        "*.so",
-        wheel,
-    )
+    # W102: the extension is not among the sources.
+    package = ("--package", ROOT / "droppath_ext", "--package-omit", "*.so", "--ignore", "W102")
+    run(sys.executable, "-m", "check_wheel_contents", *package, wheel)
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if ".dist-info/" not in name]
     allowed = re.compile(r"droppath_ext/(convert/)?(\w+\.py|_C\.pyi|py\.typed|_C\.[\w-]+\.so)")
