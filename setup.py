@@ -11,10 +11,11 @@ Environment variables:
     MAX_JOBS              compilers at a time.
 """
 
-import importlib.metadata
+import importlib.machinery
 import importlib.util
 import os
 import re
+import runpy
 import shlex
 import shutil
 import site
@@ -29,6 +30,7 @@ from setuptools.command.egg_info import egg_info
 
 # What torch's own wheels carry: Turing to Blackwell, and PTX for what comes after.
 DEFAULT_ARCHS = "7.5;8.0;8.6;9.0;10.0;12.0+PTX"
+OLDEST_TORCH = "2.11"
 PURE_PYTHON = "DROPPATH_EXT_NATIVE=0 installs the slower pure-Python package"
 
 
@@ -40,41 +42,53 @@ def flag(name: str) -> str:
     return value
 
 
+def environment_path() -> list[str]:
+    """sys.path as it is without the isolation of pip, which consists of these variables."""
+    environment = {name: os.environ[name] for name in os.environ.keys() - {"PYTHONPATH", "PYTHONNOUSERSITE"}}
+    ask = [sys.executable, "-c", "import sys; print(*sys.path[1:], sep='\\n')"]
+    return subprocess.run(ask, capture_output=True, text=True, check=True, env=environment).stdout.splitlines()
+
+
 def import_torch() -> ModuleType:
     """The torch of the environment that this is built for, also where pip isolates the build from it."""
-    folders = site.getsitepackages()
-    if sys.prefix == sys.base_prefix:  # no virtual environment
-        folders.append(site.getusersitepackages())
+    path = environment_path()
     if importlib.util.find_spec("torch") is None:
-        for folder in folders:
+        for folder in path:
             site.addsitedir(folder)
     try:
         import torch
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         sys.exit(
             f"droppath_ext compiles against the torch that it will run with, which {sys.executable} cannot import "
-            f"({error}): pip install torch, then pip install droppath_ext. With uv, name torch in pyproject.toml's "
-            "[tool.uv.extra-build-dependencies], with match-runtime; with another program that isolates builds, switch "
-            "that off (python -m build --no-isolation)."
+            f"({error}): pip install 'torch>={OLDEST_TORCH}', then pip install droppath_ext. With uv, name torch in "
+            "pyproject.toml's [tool.uv.extra-build-dependencies], with match-runtime. Where torch is on PYTHONPATH, or "
+            "another program isolates the build, switch that off (pip install --no-build-isolation, python -m build "
+            "--no-isolation)."
         )
-    for present in importlib.metadata.distributions(name="torch", path=folders):
-        if present.version.split("+")[0] != torch.__version__.split("+")[0]:
+    if tuple(map(int, torch.__version__.split(".")[:2])) < tuple(map(int, OLDEST_TORCH.split("."))):
+        sys.exit(
+            f"torch {torch.__version__} is too old: pip install --upgrade 'torch>={OLDEST_TORCH}', then build again."
+        )
+    present = importlib.machinery.PathFinder.find_spec("torch", path)
+    if present and present.origin != torch.__file__:
+        version = runpy.run_path(str(Path(present.origin).with_name("version.py")))["__version__"]
+        if version != torch.__version__:
             sys.exit(
                 f"the build would be against torch {torch.__version__} in {Path(torch.__file__).parent}, but the "
-                f"environment has torch {present.version}, with which it would not run: build without isolation, or "
-                "with that torch."
+                f"environment has torch {version}, with which it would not run: build without isolation, or with that "
+                "torch."
             )
     return torch
 
 
 def check_compiler() -> None:
-    compiler = shlex.split(os.environ.get("CXX") or "c++")[0]
+    compiler = (shlex.split(os.environ.get("CXX", "")) or ["c++"])[0]
     if sys.platform != "win32" and shutil.which(compiler) is None:
         sys.exit(
             f"no C++ compiler: there is no {compiler} on PATH. Install one (apt install g++, dnf install gcc-c++, "
             f"conda install gxx), or name it in CXX; {PURE_PYTHON}."
         )
-    headers = sysconfig.get_path("include")
+    headers = sysconfig.get_path("include", scheme="nt" if sys.platform == "win32" else "posix_prefix")  # as torch
     if not (Path(headers) / "Python.h").exists():
         sys.exit(
             f"no headers of Python: there is no Python.h in {headers}. Install them (apt install python3-dev, "
@@ -213,8 +227,8 @@ if int(setuptools.__version__.split(".")[0]) < 77:
     )
 extensions, commands = [], {"egg_info": EggInfo}
 # An sdist, and what an installer asks for beforehand, need neither torch nor a compiler.
-builds = any(argument.startswith(("bdist", "build", "develop", "editable", "install")) for argument in sys.argv[1:])
-if builds and flag("DROPPATH_EXT_NATIVE") != "0":
+BUILDS = {"bdist", "bdist_egg", "bdist_wheel", "build", "build_ext", "develop", "editable_wheel", "install"}
+if BUILDS & set(sys.argv[1:]) and flag("DROPPATH_EXT_NATIVE") != "0":
     torch = import_torch()
     check_compiler()
     extension, commands["build_ext"] = native_extension()

@@ -49,13 +49,17 @@ def _release(version: str) -> str:
 
 
 def _is_pure() -> bool:
-    """Whether this environment is to do without the extension: it was installed so, or is told so."""
-    if "DROPPATH_EXT_NATIVE" in os.environ:
-        return os.environ["DROPPATH_EXT_NATIVE"] == "0"
-    if _binary_in(HERE):
+    """Whether this environment is to do without the extension: it is told so, or the package was installed so."""
+    told = os.environ.get("DROPPATH_EXT_NATIVE", "")
+    if told not in ("", "0", "1"):
+        raise ImportError(f"DROPPATH_EXT_NATIVE must be 0 or 1, but got {told!r}")
+    if told or _binary_in(HERE):
+        return told == "0"
+    installed = next(iter(importlib.metadata.distributions(name="droppath_ext")), None)
+    if installed is None or "Root-Is-Purelib: true" not in (installed.read_text("WHEEL") or ""):
         return False
-    wheels = (installed.read_text("WHEEL") or "" for installed in importlib.metadata.distributions(name="droppath_ext"))
-    return any("Root-Is-Purelib: true" in wheel for wheel in wheels)
+    package = Path(str(installed.locate_file("droppath_ext")))
+    return not package.exists() or _same_sources(package.resolve())  # there is none if it is installed as editable
 
 
 def _find() -> Path:
@@ -73,6 +77,12 @@ def _find() -> Path:
     return binary
 
 
+def _command(binary: Path) -> str:
+    """What replaces a binary that does not fit."""
+    in_the_way = binary.parent == HERE and (HERE.parent / "setup.py").exists()
+    return f"{REBUILD}{f', without {binary}, which would come first' if in_the_way else ''}"
+
+
 BINARY = None if _is_pure() else _find()
 if BINARY is not None:
     if BINARY.parent != HERE:  # in a checkout: Python prefers the folder that one stands in to what is installed
@@ -82,13 +92,13 @@ if BINARY is not None:
     except ImportError as error:
         raise ImportError(
             f"droppath_ext was built with torch {_built_with(BINARY)}; with torch {torch.__version__} it fails: "
-            f"{error}. To build it: {REBUILD}"
+            f"{error}. To build it: {_command(BINARY)}"
         ) from error
     # Another torch's extension may load and then misbehave: nothing guards the C++ ABI between releases.
     if _release(_C.torch_version) != _release(torch.__version__):
         raise ImportError(
             f"droppath_ext was built with torch {_C.torch_version}, but this is torch {torch.__version__}. "
-            f"To build it: {REBUILD}"
+            f"To build it: {_command(BINARY)}"
         )
 else:
     from . import _pure as _C  # type: ignore[no-redef]

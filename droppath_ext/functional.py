@@ -1,6 +1,7 @@
 """The public functions: arguments are checked and the path is chosen here."""
 
 import functools
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -44,14 +45,17 @@ from .tracing import (
 
 @functools.cache
 def _warn_once(sentence: str) -> None:
-    warnings.warn(sentence, stacklevel=4)
+    frame, level = sys._getframe(), 1
+    while frame.f_back and str(frame.f_globals.get("__package__")).startswith("droppath_ext"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(sentence, stacklevel=level)
 
 
 def _warn_without_kernels(x: Tensor) -> None:
     if BINARY is None:
         _warn_once(
-            "droppath_ext is used without its native extension, so every call takes the slower composite path. "
-            f"With a C++ compiler at hand, this builds it: {REBUILD}"
+            "droppath_ext is used without its native extension, so every call takes the slower composite path. With a "
+            f"C++ compiler at hand, this builds it, where DROPPATH_EXT_NATIVE=0 is not set: {REBUILD}"
         )
     elif not _C.has_cuda and x.is_cuda:
         _warn_once(
@@ -431,7 +435,8 @@ def stochastic_depth(
         first, gamma = x.movedim(dim, 0), _samples_first(gamma, x, dim)
     elif gamma is not None:
         check_gamma(gamma, x)
-    check_batched(batched, x, dim)
+    if type(batched) is not tuple or batched:
+        check_batched(batched, x, dim)
     if not compiling:
         _warn_without_kernels(x)
     dropping = training and (drop_prob > 0.0 or keep is not None)

@@ -45,8 +45,12 @@ if BINARY is None:
     def predicted_mask(*_):
         pytest.skip("without the native extension it is torch that draws")
 
+    fixed_slots = predicted_mask
+
 else:
     predicted_mask = _C.keep_mask  # (seed, offset, batch, drop_prob) -> bool[batch] on the CPU
+    # (seed, offset, batch, count) -> the slots of "fixed", int64[batch] on the CPU, -1 where dropped
+    fixed_slots = _C.fixed_slots
 
 if not HAS_CUDA:
     NO_CUDA_REASON = "the extension was built without CUDA"
@@ -169,6 +173,9 @@ def _next_seed_and_offset(x, generator):
 def predict_keep(x, drop_prob, mode="row", generator=None):
     """The keep mask that the next fused call will draw."""
     batch = x.shape[0] if mode == "row" else 1
+    if BINARY is None:
+        draws = torch.empty(batch, device=x.device)
+        return draws.bernoulli_(1 - drop_prob, generator=twin_of(generator or _default_generator(x.device))) != 0
     return predicted_mask(*_next_seed_and_offset(x, generator), batch, drop_prob).to(x.device)
 
 
@@ -402,13 +409,10 @@ def predict_skip(x, drop_prob, generator=None):
     return predict_keep(torch.empty(len(x)), drop_prob, generator=generator).to(x.device)
 
 
-def fixed_slots(seed, offset, size, count):
-    """The rows of samples, int64[size], -1 where dropped, that sampling="fixed" draws with this generator state."""
-    return _C.fixed_slots(seed, offset, size, count)
-
-
 def predict_fixed(x, count, generator=None):
     """The slots that the next native draw of so many samples of x will give."""
+    if BINARY is None:
+        return reference.draw_fixed_in_aten(x, count, twin_of(generator or _default_generator(x.device)))[0]
     return fixed_slots(*_next_seed_and_offset(x, generator), len(x), count).to(x.device)
 
 

@@ -44,7 +44,7 @@ def test_info_contents(report):
     text = report.stdout
     assert torch.__version__ in text
     assert droppath_ext.__version__ in text
-    assert "CUDA" in text
+    assert f"{'CUDA found with torch':32} {torch.version.cuda or 'none'}" in text
     assert "cpu" in text.lower()
     if HAS_CUDA:
         assert _C.cuda_version in text
@@ -74,9 +74,10 @@ def _copy(folder, binary=None):
     return package
 
 
-def _run_in(folder, *arguments, site=()):
+def _run_in(folder, *arguments, site=(), **environment):
     """Python in ``folder``, as from a shell, with the folders of ``site`` behind it on the path."""
-    return _python(*arguments, cwd=folder, env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, site))})
+    path = os.pathsep.join(map(str, site))
+    return _python(*arguments, cwd=folder, env=os.environ | {"PYTHONPATH": path} | environment)
 
 
 @pytest.fixture
@@ -187,7 +188,7 @@ with warnings.catch_warnings(record=True) as caught:
     droppath_ext.drop_path_add(x, x, 0.5, training=True)
     droppath_ext.stochastic_depth(x, torch.neg, 0.5, training=True)
 (warning,) = caught
-print(warning.message)
+print(warning.filename, warning.message)
 """
 
 
@@ -197,8 +198,13 @@ def _check_pure(folder, *site):
     assert f"{'native extension':32} none: every call takes the slower composite path" in info.stdout
     assert not info.stderr
     assert use.returncode == 0, use.stderr
-    assert use.stdout.startswith("droppath_ext is used without its native extension")
+    assert use.stdout.startswith("<string> droppath_ext is used without its native extension")
     assert REBUILD in use.stdout
+
+
+def test_odd_demand():
+    result = _run_in("/", "-c", "import droppath_ext", site=[ROOT], DROPPATH_EXT_NATIVE="off")
+    assert "ImportError: DROPPATH_EXT_NATIVE must be 0 or 1, but got 'off'" in result.stderr
 
 
 def test_done_without_for_once(monkeypatch):
@@ -243,6 +249,11 @@ def test_bad_demand(name):
     assert _setup(**{name: "yes"}) == f"{name} must be 0 or 1, but got 'yes'"
 
 
+def _fake_torch(folder, version):
+    (folder / "torch.py").write_text(f"__version__ = {version!r}")
+    return f"sys.path.insert(0, {str(folder)!r})"
+
+
 def test_old_setuptools():
     message = _setup("import setuptools; setuptools.__version__ = '65.5.0'")
     assert message.startswith("setuptools 65.5.0 cannot read this pyproject.toml: pip install 'setuptools>=77,<82'")
@@ -251,17 +262,28 @@ def test_old_setuptools():
 def test_no_torch():
     message = _setup("sys.modules['torch'] = None")
     assert f"which {sys.executable} cannot import" in message
-    assert "pip install torch, then" in message
+    assert "pip install 'torch>=2.11', then" in message
 
 
 def test_another_torch_than_that_of_the_environment(tmp_path):
     """As where what isolates the build brings its own."""
-    (tmp_path / "torch.py").write_text("__version__ = '1.2.3'")
-    message = _setup(f"sys.path.insert(0, {str(tmp_path)!r})")
-    version = torch.__version__.split("+")[0]
+    message = _setup(_fake_torch(tmp_path, "9.9.9"))
     assert message.startswith(
-        f"the build would be against torch 1.2.3 in {tmp_path}, but the environment has torch {version}"
+        f"the build would be against torch 9.9.9 in {tmp_path}, but the environment has torch {torch.__version__},"
     )
+
+
+def test_old_torch(tmp_path):
+    message = _setup(_fake_torch(tmp_path, "2.9.1+cpu"))
+    assert message == "torch 2.9.1+cpu is too old: pip install --upgrade 'torch>=2.11', then build again."
+    assert '"torch>=2.11"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_isolation_finds_the_torch_of_the_environment():
+    """pip isolates with variables that reach Python's start; here with an interpreter that looks nowhere itself."""
+    prelude = "import setuptools, site; sys.path[:] = [p for p in sys.path if 'site-packages' not in p]"
+    message = _setup(prelude, CXX="no-such-compiler")
+    assert message.startswith("no C++ compiler")
 
 
 def test_no_compiler():
@@ -272,7 +294,9 @@ def test_no_compiler():
 
 def test_no_headers_of_python(tmp_path):
     include = f"{str(tmp_path)!r} if name == 'include' else get(name)"
-    message = _setup(f"import sysconfig; sysconfig.get_path = lambda name, get=sysconfig.get_path: {include}")
+    message = _setup(
+        f"import sysconfig; sysconfig.get_path = lambda name, scheme=None, get=sysconfig.get_path: {include}"
+    )
     assert message.startswith(f"no headers of Python: there is no Python.h in {tmp_path}. Install them")
 
 
