@@ -16,6 +16,7 @@ from .checks import (
     check_branch,
     check_device,
     check_dim,
+    check_drawn_from,
     check_gamma,
     check_gatherable,
     check_generator,
@@ -52,7 +53,7 @@ def _warn_once_without_kernels() -> None:
 
 
 def _warn_without_kernels(x: Tensor) -> None:
-    if not _C.has_cuda and x.is_cuda:
+    if not _C.has_cuda and isinstance(x, Tensor) and x.is_cuda:
         _warn_once_without_kernels()
 
 
@@ -494,8 +495,7 @@ def draw_keep(
     check_mode(mode)
     if not is_compiling() and is_recorded(x):
         return record(draw_keep, (x,), x, drop_prob, mode, generator, dim=dim)
-    if x.ndim == 0:
-        raise ValueError("x must have at least one dimension, the samples, but got a 0-dim tensor")
+    check_drawn_from(x)
     check_dim(dim, x)
     check_not_recomputed(generator)
     if isinstance(drop_prob, Tensor):

@@ -110,6 +110,7 @@ def convert(
 
 def restore(model: nn.Module) -> None:
     """Take ``convert`` back, in place: the modules have their own classes again. A model as it was is left alone."""
+    _check_model(model)
     model.__dict__.pop(_CONVERSION, None)
     for module in model.modules():
         if is_mounted(module):
@@ -145,11 +146,15 @@ def convert_again(model: nn.Module, conversion: Conversion, new: set[nn.Module])
     )
 
 
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, but got {type(model).__name__}")
+
+
 def _check(
     model: object, residual: object, filter: object, strict: bool, example: object, min_drop_prob: object
 ) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, but got {type(model).__name__}")
+    _check_model(model)
     if residual not in LEVELS:
         raise ValueError(f'residual must be "keep", "fuse" or "skip", but got {residual!r}')
     if filter is not None and not callable(filter):
