@@ -1,4 +1,4 @@
-# make bench · make test · make test-pure · make test-timm · make test-all-models · make test-kernels · make mutants · make lint · make sass · make docs · make wheels · make release-check · make gpu-check · make gpu-tune
+# make bench · make test · make test-pure · make test-timm · make test-all-models · make test-kernels · make mutants · make fuzz · make sanitize · make lint · make sass · make docs · make wheels · make release-check · make gpu-check · make gpu-tune
 #
 # Each does its own set-up in .venv, or uses the interpreter that PYTHON= names as it is:
 #   make test PYTHON=/opt/conda/bin/python
@@ -28,7 +28,7 @@ endif
 
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: bench test test-pure test-timm test-all-models test-kernels mutants lint sass docs wheels release-check gpu-check gpu-tune build clean
+.PHONY: bench test test-pure test-timm test-all-models test-kernels mutants fuzz sanitize lint sass docs wheels release-check gpu-check gpu-tune build clean
 
 bench: build
 	$(PYTHON) benchmarks/run.py $(BENCH_ARGS)
@@ -58,6 +58,14 @@ test-kernels: build
 
 mutants: build
 	$(PYTHON) tests/mutants.py $(MUTANTS)
+
+# Odd and wrong arguments for every entry: FUZZ_ARGS="--minutes 60".
+fuzz: build
+	$(PYTHON) tests/fuzz.py $(FUZZ_ARGS)
+
+# The CPU kernels and the bindings under AddressSanitizer and UndefinedBehaviorSanitizer: some tests, and the fuzzer.
+sanitize: build
+	$(PYTHON) tests/sanitize.py $(SANITIZE_ARGS)
 
 lint: $(ENVIRONMENT)
 	$(PYTHON) -m ruff check .

@@ -149,10 +149,10 @@ def cuda_library(tree: Path, name: str) -> Path:
     return _library(name, dict.fromkeys(sorted(tree.glob("csrc/cuda/*.cu")), compiler), [tree / "csrc"])
 
 
-def cpu_library(tree: Path, name: str) -> Path:
+def cpu_library(tree: Path, name: str, flags: Sequence[str] = ()) -> Path:
     """The CPU kernels of another tree."""
     build = last_build()
-    compiler = [build.cxx, *build.cxx_flags]
+    compiler = [build.cxx, *build.cxx_flags, *flags]
     return _library(name, dict.fromkeys(sorted(tree.glob("csrc/cpu/*.cpp")), compiler), [tree / "csrc"])
 
 

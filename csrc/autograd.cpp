@@ -181,6 +181,7 @@ struct GatherBackward final : SavingNode<GatherBackward, 1> {
     if (at::GradMode::is_enabled() || !is_ours_alone(grad_x) || !is_plain(grad_samples)) {
       return {scatter_add(grad_samples, grad_x, std::nullopt, inverse.get(), index.get(), /*scale=*/1.0)};
     }
+    check_add_kept_inputs(grad_samples, grad_x, std::nullopt, inverse.get());
     add_kept_(grad_x, grad_samples, inverse.get());
     return {std::move(grad_x)};
   }
@@ -247,7 +248,7 @@ std::tuple<at::Tensor, at::Tensor> drop_path_add_autograd(const at::Tensor& x, c
 
 // The ops of given sources are differentiated in ATen: right for any index, also one that names a sample twice.
 
-// x * scale * factor, of the dtype of x, rounded once.
+// x * scale * factor, of the dtype of x, rounded once. To be selected from behind: the scale may be infinite.
 at::Tensor scaled(const at::Tensor& x, double scale, const std::optional<at::Tensor>& factor) {
   if (!factor) {
     return at::mul(x, scale);
@@ -261,7 +262,7 @@ at::Tensor scale_kept_autograd(const at::Tensor& x, const at::Tensor& sources, d
   if (is_differentiated(x)) {
     check_input(x, "x");
     check_sources(sources, x);
-    return scaled(select_sources(x, sources), scale, factor);
+    return select_sources(scaled(x, scale, factor), sources);
   }
   at::AutoDispatchBelowADInplaceOrView guard;
   return scale_kept(x, sources, scale, factor);
@@ -298,7 +299,7 @@ std::tuple<at::Tensor, at::Tensor> add_kept_backward_autograd(const at::Tensor& 
   }
   check_backward_inputs(grad, x, gamma, sources, dtype, output_mask);
   const auto opmath = grad.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  const at::Tensor scaled_grad = scaled(select_sources(grad.to(opmath), sources), scale, factor);
+  const at::Tensor scaled_grad = select_sources(scaled(grad.to(opmath), scale, factor), sources);
   const auto options = grad.options().dtype(dtype);
   at::Tensor grad_x = at::empty({0}, options);
   at::Tensor grad_gamma = at::empty({0}, options);

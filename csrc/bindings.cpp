@@ -34,15 +34,18 @@ constexpr bool kHasCuda = false;
 bool has_kernels(const at::Tensor& x) { return x.is_cpu() || (kHasCuda && x.is_cuda()); }
 
 // Whether the kernels serve x, here and now: plain strided CPU and CUDA tensors. The C++ autograd functions know
-// neither the transforms of torch.func nor forward-mode AD; subclasses and other devices have semantics of their own.
+// neither the transforms of torch.func nor forward-mode AD; subclasses and other devices have semantics of their own. A
+// tensor of a transform that has ended gets ATen's sentence.
 bool uses_fused_path(py::handle x) {
   if (!THPVariable_CheckExact(x.ptr()) ||
       c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode)) {
     return false;
   }
   const at::Tensor& tensor = THPVariable_Unpack(x.ptr());
-  return tensor.layout() == at::kStrided && !tensor.is_nested() && !tensor.is_quantized() && has_kernels(tensor) &&
-         !tensor._fw_grad(/*level=*/0).defined();
+  constexpr c10::DispatchKeySet kTransformed{c10::DispatchKey::FuncTorchBatched,
+                                             c10::DispatchKey::FuncTorchGradWrapper};
+  return tensor.layout() == at::kStrided && !tensor.key_set().has_any(kTransformed) && !tensor.is_nested() &&
+         !tensor.is_quantized() && has_kernels(tensor) && !tensor._fw_grad(/*level=*/0).defined();
 }
 
 // Nothing where the composite path has to serve x: the check costs less inside this call than one of its own.
@@ -168,6 +171,7 @@ std::optional<at::Tensor> scale_kept(py::handle x, py::handle keep, double scale
 std::tuple<at::Tensor, at::Tensor, int64_t> draw_bernoulli(int64_t size, double drop_prob, at::Device device,
                                                            const std::optional<at::Generator>& generator,
                                                            bool per_sample) {
+  droppath_ext::check_samples(size);
   droppath_ext::check_drop_prob(drop_prob);
   py::gil_scoped_release no_gil;
   return droppath_ext::draw_bernoulli(size, drop_prob, device, generator, per_sample);
@@ -176,6 +180,7 @@ std::tuple<at::Tensor, at::Tensor, int64_t> draw_bernoulli(int64_t size, double 
 std::tuple<at::Tensor, at::Tensor, int64_t> index_kept(const at::Tensor& keep, int64_t size, at::Device device) {
   py::gil_scoped_release no_gil;
   const WithoutTransforms guard;
+  droppath_ext::check_keep(keep, size);
   return droppath_ext::index_kept(keep.cpu().contiguous(), size, device);
 }
 

@@ -1,6 +1,7 @@
 #include "checks.h"
 
 #include <ATen/DimVector.h>
+#include <ATen/EmptyTensor.h>
 #include <ATen/TensorSubclassLikeUtils.h>
 
 #include "layout.h"
@@ -19,6 +20,7 @@ void check_dtype(const at::Tensor& tensor, const char* name) {
   const auto dtype = tensor.scalar_type();
   TORCH_CHECK_TYPE(is_half_precision(dtype) || dtype == at::kFloat || dtype == at::kDouble, name,
                    " must be float16, bfloat16, float32 or float64, but got ", c10::getDtypeNames(dtype).first);
+  check_memory(tensor, name);
 }
 
 void check_device(const at::Tensor& tensor, const char* name, const at::Tensor& x, const char* x_name = "x") {
@@ -48,7 +50,7 @@ void check_fused_mix(const at::Tensor& x, const at::Tensor& residual, const std:
 
 // Only on the CPU: a GPU would have to be waited for, and its kernels read nothing that is not there.
 void check_entries(const at::Tensor& index, int64_t samples) {
-  const at::Tensor dense = index.contiguous();
+  const at::Tensor dense = dense_sources(index);
   const auto* data = dense.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < dense.numel(); ++i) {
     TORCH_CHECK_INDEX(data[i] >= kDropped && data[i] < samples, "an index must be between -1 and ", samples - 1,
@@ -57,6 +59,20 @@ void check_entries(const at::Tensor& index, int64_t samples) {
 }
 
 }  // namespace
+
+void check_memory(const at::Tensor& tensor, const char* name) {
+  const bool is_plain = (tensor.key_set() & at::kTensorSubclassLike).empty() && tensor.has_storage();
+  if (!is_plain || tensor.numel() == 0) {
+    return;
+  }
+  // As usual: nobody shall wait for the loop over the dimensions.
+  const size_t needed = tensor.is_contiguous()
+                            ? (tensor.storage_offset() + tensor.numel()) * tensor.itemsize()
+                            : at::detail::computeStorageNbytes(tensor.sizes(), tensor.strides(), tensor.itemsize(),
+                                                               tensor.storage_offset());
+  TORCH_CHECK_VALUE(needed <= tensor.storage().nbytes(), name, " must have its ", needed,
+                    " bytes of memory, but its storage was resized to ", tensor.storage().nbytes());
+}
 
 void check_input(const at::Tensor& x, const char* name) {
   check_dtype(x, name);
@@ -76,6 +92,7 @@ void check_rate(const at::Tensor& drop_prob, const at::Tensor& x) {
   TORCH_CHECK_TYPE(drop_prob.scalar_type() == at::kFloat || drop_prob.scalar_type() == at::kDouble,
                    "drop_prob must be float32 or float64, but got ", c10::getDtypeNames(drop_prob.scalar_type()).first);
   check_device(drop_prob, "drop_prob", x);
+  check_memory(drop_prob, "drop_prob");
 }
 
 void check_factor(const at::Tensor& factor, const at::Tensor& sources) {
@@ -83,6 +100,7 @@ void check_factor(const at::Tensor& factor, const at::Tensor& sources) {
   TORCH_CHECK_TYPE(factor.scalar_type() == at::kDouble, "factor must be float64, but got ",
                    c10::getDtypeNames(factor.scalar_type()).first);
   check_device(factor, "factor", sources, "sources");
+  check_memory(factor, "factor");
 }
 
 void check_count(const c10::SymInt& count, const c10::SymInt& samples) {
@@ -90,11 +108,25 @@ void check_count(const c10::SymInt& count, const c10::SymInt& samples) {
                     " samples of x, but got ", count);
 }
 
+void check_samples(int64_t samples) {
+  TORCH_CHECK_VALUE(samples >= 0, "size must be a number of samples, but got ", samples);
+}
+
+void check_keep(const at::Tensor& keep, int64_t samples) {
+  check_samples(samples);
+  TORCH_CHECK_TYPE(keep.scalar_type() == at::kBool, "keep must be bool, but got ",
+                   c10::getDtypeNames(keep.scalar_type()).first);
+  TORCH_CHECK_VALUE(keep.dim() == 1 && (keep.size(0) == samples || keep.size(0) == 1),
+                    "keep must have an entry for each of the ", samples, " samples, or one, but got ", keep.sizes());
+  check_memory(keep, "keep");
+}
+
 void check_sources(const at::Tensor& sources, const at::Tensor& x) {
   const bool is_mask = sources.scalar_type() == at::kBool;
   TORCH_CHECK_TYPE(is_mask || is_index(sources), "sources must be a keep mask, bool, or an index, int64, but got ",
                    c10::getDtypeNames(sources.scalar_type()).first);
   check_device(sources, "sources", x);
+  check_memory(sources, "sources");
   const auto& samples = x.sym_size(0);
   TORCH_CHECK_VALUE(
       (is_mask && sources.sym_numel() == 0) ||
@@ -144,12 +176,14 @@ void check_backward_inputs(const at::Tensor& grad, const std::optional<at::Tenso
     TORCH_CHECK_TYPE(is_same_or_wider(gamma->scalar_type(), dtype), "no kernel reads gamma of dtype ",
                      gamma->scalar_type(), " for x of dtype ", dtype);
     gamma_dim(grad, *gamma);
+    check_memory(*gamma, "gamma");
   }
   if (x) {
     check_device(*x, "x", grad, "grad");
     TORCH_CHECK_TYPE(x->scalar_type() == dtype, "x must be of dtype ", dtype, ", but got ", x->scalar_type());
     TORCH_CHECK_VALUE(x->sym_sizes().equals(sizes), "x must have the shape ", c10::SymIntArrayRef(sizes), ", but got ",
                       x->sym_sizes());
+    check_memory(*x, "x");
   }
 }
 

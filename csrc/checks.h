@@ -10,6 +10,8 @@
 namespace droppath_ext {
 
 void check_input(const at::Tensor& x, const char* name);
+// Nobody keeps a storage from being resized under the tensors that lie in it.
+void check_memory(const at::Tensor& tensor, const char* name);
 void check_drop_prob(double drop_prob);
 void check_count(const c10::SymInt& count, const c10::SymInt& samples);
 void check_drawn_from(const at::Tensor& x);
@@ -18,6 +20,9 @@ void check_rate(const at::Tensor& drop_prob, const at::Tensor& x);
 void check_factor(const at::Tensor& factor, const at::Tensor& sources);
 // For an input x: a keep mask of its samples, or an index of any length.
 void check_sources(const at::Tensor& sources, const at::Tensor& x);
+// A keep mask of so many samples, for the host.
+void check_keep(const at::Tensor& keep, int64_t samples);
+void check_samples(int64_t samples);
 void check_add_inputs(const at::Tensor& x, const at::Tensor& residual, const std::optional<at::Tensor>& gamma);
 void check_add_kept_inputs(const at::Tensor& x, const at::Tensor& residual, const std::optional<at::Tensor>& gamma,
                            const at::Tensor& sources);

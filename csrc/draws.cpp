@@ -64,8 +64,8 @@ std::tuple<at::Tensor, at::Tensor, int64_t> draw_bernoulli(int64_t size, double 
 
 std::tuple<at::Tensor, at::Tensor, int64_t> index_kept(const at::Tensor& keep, int64_t size, at::Device device) {
   const bool is_one = keep.numel() == 1;
-  const auto* is_kept = keep.const_data_ptr<bool>();
-  const int64_t count = is_one ? (is_kept[0] ? size : 0) : std::count(is_kept, is_kept + size, true);
+  const auto* is_kept = reinterpret_cast<const uint8_t*>(keep.const_data_ptr<bool>());  // which may hold any byte
+  const int64_t count = is_one ? (is_kept[0] ? size : 0) : size - std::count(is_kept, is_kept + size, 0);
   const int64_t taken = std::max<int64_t>(count, 1);
   // Both in one buffer, for one copy to the device. Nobody waits for it if the memory is pinned, as torch pins it for
   // CUDA: the copy reads it later, when it may have been freed otherwise.
@@ -73,7 +73,7 @@ std::tuple<at::Tensor, at::Tensor, int64_t> index_kept(const at::Tensor& keep, i
   at::Tensor buffer = at::detail::empty_cpu({size + taken}, at::kLong, is_pinned);
   auto* slots = buffer.mutable_data_ptr<int64_t>();
   slots[size] = kDropped;
-  fill_slots(size, slots, slots + size, [&](int64_t sample) { return is_kept[is_one ? 0 : sample]; });
+  fill_slots(size, slots, slots + size, [&](int64_t sample) { return is_kept[is_one ? 0 : sample] != 0; });
   if (!device.is_cpu()) {
     buffer = buffer.to(device, at::kLong, /*non_blocking=*/is_pinned);
   }

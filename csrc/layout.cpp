@@ -50,6 +50,14 @@ at::Tensor dense_layout_of(const at::Tensor& x) {
   return x.is_non_overlapping_and_dense() ? x : allocate_like(x, x.scalar_type());
 }
 
+at::Tensor dense_sources(const at::Tensor& sources) {
+  const at::Tensor dense = sources.contiguous();
+  // Those of a mask are single bytes.
+  const bool is_aligned =
+      !is_index(dense) || !dense.is_cpu() || reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % sizeof(int64_t) == 0;
+  return is_aligned ? dense : dense.clone();
+}
+
 Rows find_rows(const at::Tensor& out, int64_t entries) {
   if (entries <= 1 || out.numel() == 0) {
     const int64_t samples = out.numel() == 0 ? entries : 1;

@@ -79,7 +79,7 @@ std::tuple<at::Tensor, at::Tensor> draw_keep_op(const at::Tensor& x, const at::T
 }
 
 Sources given_sources(const at::Tensor& sources, const std::optional<at::Tensor>& factor) {
-  Sources given{sources.contiguous()};
+  Sources given{dense_sources(sources)};
   if (factor) {
     check_factor(*factor, sources);
     given.factor = *factor;
@@ -165,7 +165,7 @@ Backend& backend_of(at::DeviceType device) {
 
 void add_kept_(const at::Tensor& residual, const at::Tensor& x, const at::Tensor& slots) {
   RECORD_FUNCTION("droppath_ext::add_kept_", std::vector<c10::IValue>());  // for profilers, which see only ops
-  run_add_kept(residual, residual, x, std::nullopt, {slots.contiguous()}, /*scale=*/1.0);
+  run_add_kept(residual, residual, x, std::nullopt, {dense_sources(slots)}, /*scale=*/1.0);
 }
 
 // The same through the dispatcher.

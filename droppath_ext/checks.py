@@ -4,6 +4,7 @@ The native ops check what reaches them in the same words.
 """
 
 import inspect
+import math
 import numbers
 import re
 import sys
@@ -35,7 +36,10 @@ def checked_drop_prob(drop_prob: float | Tensor) -> float | Tensor:
         _check_number(drop_prob)
         if isinstance(drop_prob, Tensor):
             return drop_prob
-        p = float(drop_prob)
+        try:
+            p = float(drop_prob)
+        except (OverflowError, ValueError):  # of an integer beyond all floats, and of Decimal's signalling NaN
+            p = math.nan
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"drop_prob must be in [0, 1], but got {drop_prob!r}")
     return p
@@ -69,6 +73,12 @@ def check_dim(dim: int, x: Tensor) -> None:
         raise TypeError(f"dim must be an int, but got {dim!r}")
     if not -x.ndim <= dim < x.ndim:
         raise ValueError(f"dim must be a dimension of x, of which there are {x.ndim}, but got {dim}")
+
+
+def check_sample_dim(sample_dim: int) -> None:
+    """Raise unless ``sample_dim`` can be the dimension of a tensor."""
+    if not isinstance(sample_dim, int) or isinstance(sample_dim, bool):
+        raise TypeError(f"sample_dim must be an int, but got {sample_dim!r}")
 
 
 def check_keep(keep: Tensor, size: int, generator: Generator | None) -> None:
@@ -121,6 +131,14 @@ def check_input(x: Tensor, name: str = "x") -> None:
         raise TypeError(f"{name} must be a nested tensor of layout torch.jagged, but got {x.layout}")
     if x.ndim == 0:
         raise ValueError(f"{name} must have at least one dimension, the samples, but got a 0-dim tensor")
+
+
+def check_drawn_from(x: Tensor) -> None:
+    """Raise unless x is a tensor that has samples, of any dtype."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a Tensor, but got {type(x).__name__}")
+    if x.ndim == 0:
+        raise ValueError("x must have at least one dimension, the samples, but got a 0-dim tensor")
 
 
 def check_device(tensor: Tensor, name: str, x: Tensor) -> None:

@@ -17,6 +17,7 @@ from .checks import (
     check_branch,
     check_device,
     check_dim,
+    check_drawn_from,
     check_gamma,
     check_gatherable,
     check_generator,
@@ -57,7 +58,7 @@ def _warn_without_kernels(x: Tensor) -> None:
             "droppath_ext is used without its native extension, so every call takes the slower composite path. With a "
             f"C++ compiler at hand, this builds it, where DROPPATH_EXT_NATIVE=0 is not set: {REBUILD}"
         )
-    elif not _C.has_cuda and x.is_cuda:
+    elif not _C.has_cuda and isinstance(x, Tensor) and x.is_cuda:
         _warn_once(
             "droppath_ext was built without CUDA, so CUDA tensors take the slower composite path. "
             f"With an nvcc at hand, this builds the kernels: DROPPATH_EXT_CUDA=1 {REBUILD}"
@@ -503,8 +504,7 @@ def draw_keep(
     check_mode(mode)
     if not is_compiling() and is_recorded(x):
         return record(draw_keep, (x,), x, drop_prob, mode, generator, dim=dim)
-    if x.ndim == 0:
-        raise ValueError("x must have at least one dimension, the samples, but got a 0-dim tensor")
+    check_drawn_from(x)
     check_dim(dim, x)
     check_not_recomputed(generator)
     if isinstance(drop_prob, Tensor):

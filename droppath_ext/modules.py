@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .checks import check_branch, check_mode, check_sampling, checked_drop_prob, checked_host_drop_prob
+from .checks import (
+    check_branch,
+    check_mode,
+    check_sample_dim,
+    check_sampling,
+    checked_drop_prob,
+    checked_host_drop_prob,
+)
 from .functional import drop_path, drop_path_add, stochastic_depth
 from .tracing import scripted_stochastic_depth
 
@@ -57,6 +64,7 @@ class DropPath(nn.Module):
         self, drop_prob: float | Tensor = 0.0, scale_by_keep: bool = True, mode: str = "row", sample_dim: int = 0
     ) -> None:
         check_mode(mode)
+        check_sample_dim(sample_dim)
         super().__init__()
         _set_drop_prob(self, drop_prob)
         self.scale_by_keep = scale_by_keep
@@ -85,6 +93,7 @@ class LayerScaled(nn.Module):
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
+        check_sample_dim(sample_dim)
         if (dim is None) != (init_values is None):
             raise ValueError(f"dim and init_values go together, but got dim={dim} and init_values={init_values}")
         if channels_first and not isinstance(dim, int):

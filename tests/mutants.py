@@ -28,6 +28,9 @@ import native_build  # noqa: E402
 from cuda_on_host import run as cuda_on_host  # noqa: E402
 from native_build import Change  # noqa: E402
 
+# Of what is no CUDA kernel, with their names in the table.
+OTHER_BUILDS = {"cpu": "CPU", "cpu_address": "CPU, address", "python": "Python"}
+
 
 @dataclass(frozen=True)
 class Mutant:
@@ -37,7 +40,7 @@ class Mutant:
     old: str  # text that the file holds once
     new: str
     tests: tuple[str, ...]
-    build: str = "plain"  # CUDA on the host, see cuda_on_host/run.py; or "cpu", or "python"
+    build: str = "plain"  # CUDA on the host, see cuda_on_host/run.py; or one of OTHER_BUILDS
 
     @property
     def change(self) -> Change:
@@ -237,6 +240,15 @@ MUTANTS = [
         "cpu",
     ),
     Mutant(
+        "cpu_mask_behind_its_end",
+        "the byte behind the mask is read, and not used",
+        "csrc/cpu/parallel_rows.h",
+        "last < end && keep_[last] == keep_[sample]",
+        "keep_[last] == keep_[sample] && last < end",
+        ("test_semantics.py::test_formula",),
+        "cpu_address",
+    ),
+    Mutant(
         "cpu_missing_last_part",
         "a thread leaves out the part of a row that it ends with",
         "csrc/cpu/loops.inc",
@@ -249,8 +261,8 @@ MUTANTS = [
         "cpu_gamma_stride",
         "gamma is read as if it were dense",
         "csrc/cpu/operands.h",
-        "data[i * stride]",
-        "data[i]",
+        "data + i * stride, sizeof",
+        "data + i, sizeof",
         ("test_layouts.py::test_add_takes_any_view_of_gamma",),
         "cpu",
     ),
@@ -348,8 +360,10 @@ def run_tests(build: str, tree: Path, tests: tuple[str, ...]) -> tuple[int, str]
     else:
         environment = {**os.environ, "PYTHONPATH": str(tree if build == "python" else ROOT)}
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
-        if build == "cpu":
-            library = native_build.cpu_library(tree, "cpu")
+        if build != "python":
+            flags, libraries, variables = cuda_on_host.BUILDS["address"] if build == "cpu_address" else ([], [], {})
+            environment |= variables | cuda_on_host.preloading(libraries)
+            library = native_build.cpu_library(tree, build, flags)
             command = [sys.executable, "-c", LOAD_AND_TEST, str(library), *command[3:]]
     result = subprocess.run(command, env=environment, cwd=tree, capture_output=True, text=True, timeout=TIMEOUT)
     return result.returncode, result.stdout + result.stderr
@@ -374,7 +388,7 @@ class Result:
 
     def row(self) -> list[str]:
         mutant = self.mutant
-        build = f"CUDA, {mutant.build}" if mutant.is_cuda else {"cpu": "CPU", "python": "Python"}[mutant.build]
+        build = f"CUDA, {mutant.build}" if mutant.is_cuda else OTHER_BUILDS[mutant.build]
         test = self.caught_by or "**nothing**"
         return [mutant.name, Path(mutant.file).name, mutant.fault, build, test, f"{self.seconds:.0f}"]
 

@@ -417,6 +417,11 @@ def test_bad_input(arguments, options, error, sentence):
         convert(*arguments, **options)
 
 
+def test_restore_of_no_module():
+    with pytest.raises(TypeError, match="^model must be an nn.Module, but got int$"):
+        restore(3)
+
+
 def test_nothing_to_convert():
     report = convert(nn.Linear(2, 2), "fuse", example=torch.randn(3, 2))
     assert report.sites == [] and "no calls of drop paths" in str(report)

@@ -36,6 +36,8 @@ NATIVE = torch.ops.droppath_ext
 OF_ALL_MODES = (*OPS, *BATCH_MODE_OPS)
 BAD_PROBS = [(1.5, r"1\.5"), (-0.1, r"-0\.1"), (2, "2"), (-1e-9, "-1e-09")]
 BAD_PROBS += [(float("nan"), "nan"), (float("inf"), "inf")]
+# Of which float() itself raises: beyond all floats, and a NaN that signals.
+BAD_NUMBERS = [(10**400, "10{400}"), (Decimal("sNaN"), r"Decimal\('sNaN'\)")]
 EVERY_CASE = [(0.5, True), (0.0, True), (0.5, False)]
 BAD_DTYPES = [torch.int64, torch.uint8, torch.bool, torch.complex64]
 
@@ -67,7 +69,7 @@ MODULES[SKIP_FIXED] = partial(MODULES[SKIP_BERNOULLI], sampling="fixed")
 
 
 @pytest.mark.parametrize("op", OF_ALL_MODES)
-@pytest.mark.parametrize(("drop_prob", "value"), BAD_PROBS)
+@pytest.mark.parametrize(("drop_prob", "value"), BAD_PROBS + BAD_NUMBERS)
 def test_drop_prob_out_of_range(device, op, drop_prob, value):
     message = rf"^drop_prob must be in \[0, 1\], but got {value}$"
     for training in (True, False):
@@ -76,7 +78,7 @@ def test_drop_prob_out_of_range(device, op, drop_prob, value):
 
 
 @pytest.mark.parametrize("op", MODULES)
-@pytest.mark.parametrize(("drop_prob", "value"), BAD_PROBS)
+@pytest.mark.parametrize(("drop_prob", "value"), BAD_PROBS + BAD_NUMBERS)
 def test_module_drop_prob_out_of_range(op, drop_prob, value):
     """A bad rate is refused at construction; a bad one assigned later, at the next call."""
     message = rf"^drop_prob must be in \[0, 1\], but got {value}$"
@@ -173,6 +175,13 @@ def test_mode(device, op, mode, drop_prob, training):
         MODULES[op](drop_prob, mode=mode)
 
 
+@pytest.mark.parametrize("op", MODULES)
+@pytest.mark.parametrize("sample_dim", [None, 1.0, True, torch.nn.Parameter(torch.tensor(1.0))])
+def test_sample_dim(op, sample_dim):
+    with pytest.raises(TypeError, match="^sample_dim must be an int, but got "):
+        MODULES[op](0.5, sample_dim=sample_dim)
+
+
 @pytest.mark.parametrize("dtype", BAD_DTYPES)
 @pytest.mark.parametrize("mode", ["row", "batch"])
 def test_dtype(device, dtype, mode):
@@ -211,6 +220,22 @@ def test_composite_path_refuses_the_same():
         drop_path(torch.tensor(1.0, device="meta"), 0.5, training=True)
 
 
+def test_tensor_of_a_transform_that_has_ended():
+    """ATen's sentence, not an assertion of its internals."""
+    leaked = []
+    torch.func.vmap(lambda x: leaked.append(x) or x)(torch.ones(1, 2, 3))
+    keep = torch.tensor([True, False])
+    for call in (
+        lambda x: drop_path(x, 0.5, True),
+        lambda x: drop_path(x, 0.5, True, keep=keep),
+        lambda x: drop_path_add(x, x, 0.5, True),
+        lambda x: drop_path_add(torch.ones(2, 3), torch.ones(2, 3), 0.5, True, gamma=x[0]),
+        lambda x: stochastic_depth(x, torch.sin, 0.5, True),
+    ):
+        with pytest.raises(RuntimeError, match="escaped"):
+            call(*leaked)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_generator_of_the_wrong_type(op):
     for drop_prob, training in EVERY_CASE if op in SKIP_OPS else [(0.5, True)]:
@@ -225,6 +250,12 @@ def test_generator_of_another_device():
             drop_path(torch.ones(2, 3, device=x), 0.5, training=True, generator=torch.Generator(other))
 
 
+def without_memory(tensor, nbytes=0):
+    """Its storage is resized under it, as FSDP does."""
+    tensor.untyped_storage().resize_(nbytes)
+    return tensor
+
+
 REFUSED = {
     "integers": {"changes": {"x": torch.ones(2, 3, dtype=torch.int64)}},
     "no_dimension": {"changes": {"x": torch.tensor(1.0)}},
@@ -232,6 +263,9 @@ REFUSED = {
     "residual_of_another_shape": {"changes": {"residual": torch.ones(2, 1)}},
     "residual_of_integers": {"changes": {"residual": torch.ones(2, 3, dtype=torch.int64)}},
     "gamma_of_another_shape": {"changes": {"gamma": torch.ones(2, 1)}},
+    "without_memory": {"changes": {"x": without_memory(torch.ones(2, 3))}},
+    "residual_without_memory": {"changes": {"residual": without_memory(torch.ones(2, 3))}},
+    "gamma_without_memory": {"changes": {"gamma": without_memory(torch.ones(3))}},
 }
 
 
@@ -242,6 +276,7 @@ REFUSED = {
         for op in OPS
         for wrong in REFUSED
         if wrong.partition("_")[0] not in {"residual", "gamma"} - {*op.inputs}
+        and not (op in SKIP_OPS and wrong.endswith("without_memory"))  # which a gather sees, after the draw
     ],
 )
 def test_a_refused_call_draws_nothing(device, op, wrong):

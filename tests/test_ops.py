@@ -1,8 +1,11 @@
 """Promise: the native ops are well-behaved citizens of the dispatcher, called directly."""
 
+import re
+
 import pytest
 import torch
 from conftest import (
+    ADD_GAMMA_DTYPES,
     ALL_ADD_DTYPES,
     DTYPES,
     FUSED_ADD_DTYPES,
@@ -19,6 +22,7 @@ from conftest import (
     pairwise,
     predict_keep,
     random_tensor,
+    runs_cuda_kernels,
     same_layout,
     zero_dropped,
 )
@@ -415,6 +419,60 @@ def test_in_place(device, dtype, layout, name):
     assert_same_bits(residual, expected)
 
 
+@pytest.mark.parametrize("features", [3, 20000])  # of the last, two threads take their shares
+def test_mask_of_any_bytes(features):
+    """A view of numbers as bool holds other bytes than 0 and 1, and ATen takes them for True."""
+    numbers = torch.tensor([0, 2, 255, 1, 0, 128], dtype=torch.uint8)
+    keep, clean = numbers.view(torch.bool), numbers != 0
+    x = random_tensor((6, features))
+    assert_same_bits(OPS.scale_kept(x, keep, 2.0), OPS.scale_kept(x, clean, 2.0))
+    for actual, expected in zip(*(_C.index_kept(mask, 6, x.device)[:2] for mask in (keep, clean)), strict=True):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.skipif(runs_cuda_kernels(torch.device("cpu")), reason="a GPU has no such memory")
+@pytest.mark.parametrize("dtypes", ADD_GAMMA_DTYPES, ids=dtypes_id)
+def test_tensors_aligned_to_nothing(dtypes):
+    """As those made from a buffer may be. What is read element by element is what UndefinedBehaviorSanitizer sees."""
+
+    def misaligned(tensor):
+        memory = bytearray(tensor.nbytes + 1)
+        return torch.frombuffer(memory, dtype=tensor.dtype, offset=1).view(tensor.shape).copy_(tensor)
+
+    x, residual, gamma = add_inputs((8, 5), dtypes)
+    for sources in (torch.tensor([0, -1, 3, 7, 7, 1, -1, 2]), torch.arange(8) % 3 == 0):
+        arguments = {"x": x, "residual": residual, "gamma": gamma, "sources": sources, "scale": 2.0}
+        moved = {name: misaligned(t) if isinstance(t, torch.Tensor) else t for name, t in arguments.items()}
+        assert_same_bits(OPS.add_kept(**moved), OPS.add_kept(**arguments))
+        grad = OPS.add_kept(**arguments)
+        backward = {"gamma": gamma, "sources": sources, "scale": 2.0, "dtype": x.dtype, "output_mask": [True, True]}
+        pairs = zip(
+            OPS.add_kept_backward(grad, x, **backward),
+            OPS.add_kept_backward(
+                misaligned(grad),
+                misaligned(x),
+                **backward | {"gamma": misaligned(gamma), "sources": misaligned(sources)},
+            ),
+            strict=True,
+        )
+        for expected, actual in pairs:
+            assert_same_bits(actual, expected)
+
+
+@pytest.mark.parametrize("requires_grad", BOTH)
+def test_infinite_scale_of_what_is_not_kept(device, requires_grad):
+    """Zeros are zeros, not NaN: in the kernels, and in the ATen operations that stand for them under a graph."""
+    x = torch.ones(2, 3, device=device, requires_grad=requires_grad)
+    keep = torch.tensor([True, False], device=device)
+    factor = torch.tensor(float("inf"), dtype=torch.float64, device=device)
+    for scale, given in ((float("inf"), None), (1.0, factor), (float("nan"), None)):
+        outs = [OPS.scale_kept(x, keep, scale, given)]
+        outs.append(OPS.add_kept_backward(x, None, None, keep, scale, x.dtype, [True, False], given)[0])
+        for out in outs:
+            assert not out[0].isfinite().any()
+            assert_positive_zero(out[1])
+
+
 def test_in_place_shared_by_threads(device):
     kept = torch.arange(0, 40, 3, device=device)
     slots = torch.full((40,), -1, device=device)
@@ -639,6 +697,53 @@ def test_wrong_operands(on):
     for value in (torch.ones(8, 3, dtype=torch.int64, **ones), torch.tensor(1.0, **ones)):
         with pytest.raises((TypeError, ValueError, RuntimeError), match=r"\bx\b"):
             OPS.scale_kept(value, calls[0][1]["sources"], 2.0)
+
+
+@pytest.mark.parametrize("requires_grad", BOTH)
+def test_operands_without_all_of_their_memory(requires_grad):
+    """Nobody keeps a storage from being resized under the tensors that lie in it: they would be read past its end."""
+    calls = [*right_calls("cpu"), (OPS.draw_keep, {"drop_prob": torch.tensor(0.5)})]
+    calls[-1][1].update(x=torch.ones(8, 3), scale_by_keep=True, per_sample=True)
+    for op, arguments in calls:
+        for name, value in arguments.items():
+            if not isinstance(value, torch.Tensor) or (op, name) == (OPS.draw_keep, "x"):
+                continue
+            needed = value.untyped_storage().nbytes()
+            for nbytes in (0, needed - 1):
+                short = value.clone().requires_grad_(requires_grad and value.is_floating_point())
+                short.untyped_storage().resize_(nbytes)
+                message = f"{name} must have its {needed} bytes of memory, but its storage was resized to {nbytes}"
+                with pytest.raises(ValueError, match=message):
+                    op(**arguments | {name: short})
+
+
+@pytest.mark.parametrize(
+    ("keep", "size", "error", "sentence"),
+    [
+        (torch.ones(3).bool(), 4, ValueError, "keep must have an entry for each of the 4 samples, or one, but got [3]"),
+        (torch.ones(0).bool(), 4, ValueError, "keep must have an entry for each of the 4 samples, or one, but got [0]"),
+        (torch.ones(1).bool(), -1, ValueError, "size must be a number of samples, but got -1"),
+        (torch.ones(4), 4, TypeError, "keep must be bool, but got float32"),
+    ],
+)
+def test_index_kept_of_a_wrong_mask(keep, size, error, sentence):
+    with pytest.raises(error, match=re.escape(sentence)):
+        _C.index_kept(keep, size, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("per_sample", BOTH)
+def test_draw_bernoulli_of_a_wrong_size(per_sample):
+    with pytest.raises(ValueError, match="size must be a number of samples, but got -1"):
+        _C.draw_bernoulli(-1, 0.5, torch.device("cpu"), None, per_sample)
+
+
+@pytest.mark.parametrize("inverse", [[0], [0, 1, 2, -1, -1, -1, -1, -1, -1], [9] * 8, [-2] * 8])
+def test_gather_by_an_inverse_that_is_none(inverse):
+    """The backward adds in place, where no op looks at the index."""
+    x = torch.ones(8, 3, requires_grad=True)
+    samples, alias = _C.gather(x, torch.tensor([0, 3, 5]), torch.tensor(inverse))
+    with pytest.raises((ValueError, IndexError), match="index|samples"):
+        torch.autograd.grad((samples * 2).sum() + (alias * 2).sum(), x)
 
 
 @pytest.mark.parametrize("requires_grad", BOTH)

@@ -3,6 +3,8 @@
 
 #include <ATen/Dispatch.h>
 
+#include <cstring>
+
 #include "../backend.h"
 #include "../layout.h"
 #include "loops.h"
@@ -33,8 +35,11 @@ Factors<F> make_factors(const at::Tensor& out, const std::optional<at::Tensor>& 
   const int64_t stride = dim ? gamma->stride(*dim - out.dim() + gamma->dim()) : 0;
   return AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, gamma->scalar_type(), "gamma", [&] {
     const auto* data = gamma->const_data_ptr<scalar_t>();
-    return Factors<F>(find_channels(out, *gamma),
-                      [&](int64_t i) { return static_cast<F>(static_cast<double>(data[i * stride]) * scale); });
+    return Factors<F>(find_channels(out, *gamma), [&](int64_t i) {
+      scalar_t value;  // a tensor made from a buffer is aligned to nothing
+      std::memcpy(&value, data + i * stride, sizeof(value));
+      return static_cast<F>(static_cast<double>(value) * scale);
+    });
   });
 }
 

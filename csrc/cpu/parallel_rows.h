@@ -22,7 +22,7 @@ class SourceReader {
     if (sources.is_index()) {
       index_ = sources.tensor.const_data_ptr<int64_t>();
     } else if (sources.entries() != 0) {
-      keep_ = sources.tensor.const_data_ptr<bool>();
+      keep_ = reinterpret_cast<const uint8_t*>(sources.tensor.const_data_ptr<bool>());
     }
   }
 
@@ -55,12 +55,12 @@ class SourceReader {
     if (index_ != nullptr) {
       return end - begin - std::count(index_ + begin, index_ + end, kDropped);
     }
-    return keep_ == nullptr ? end - begin : std::count(keep_ + begin, keep_ + end, true);
+    return end - begin - (keep_ == nullptr ? 0 : std::count(keep_ + begin, keep_ + end, 0));
   }
 
  private:
   const int64_t* index_ = nullptr;
-  const bool* keep_ = nullptr;
+  const uint8_t* keep_ = nullptr;  // a tensor of bool may hold any byte: a view of other numbers, say
 };
 
 // Positions in the memory of the output.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <c10/macros/Macros.h>
+#include <c10/util/Load.h>
 
 #include <cstdint>
 #include <tuple>
@@ -43,7 +44,7 @@ struct SourceLookup {
       return static_cast<uint64_t>(source) < static_cast<uint64_t>(limit) ? source : kDropped;
     }
     if (kind == kSavedMask) {
-      return keep[sample] ? sample : kDropped;
+      return c10::load(keep + sample) ? sample : kDropped;
     }
     // Unpacked here, not on the host: under CUDA-graph capture the state lives in device memory.
     const auto [seed, offset] = at::cuda::philox::unpack(philox);

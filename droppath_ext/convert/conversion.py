@@ -117,6 +117,7 @@ def restore(model: nn.Module) -> None:
     Raises:
         TypeError: ``model`` is no nn.Module.
     """
+    _check_model(model)
     model.__dict__.pop(_CONVERSION, None)
     for module in model.modules():
         if is_mounted(module):
@@ -152,11 +153,15 @@ def convert_again(model: nn.Module, conversion: Conversion, new: set[nn.Module])
     )
 
 
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, but got {type(model).__name__}")
+
+
 def _check(
     model: object, residual: object, filter: object, strict: bool, example: object, min_drop_prob: object
 ) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, but got {type(model).__name__}")
+    _check_model(model)
     if residual not in LEVELS:
         raise ValueError(f'residual must be "keep", "fuse" or "skip", but got {residual!r}')
     if filter is not None and not callable(filter):

@@ -42,8 +42,8 @@ BUILDS: dict[str, tuple[list[str], list[str], dict[str, str]]] = {
         ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=undefined", "-g1"],
         # libstdc++ beside it: Python itself does not need it, and AddressSanitizer looks for its throw at the start.
         ["libasan.so", "libstdc++.so"],
-        # Python and torch keep memory until the process ends.
-        {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"},
+        # Python and torch keep memory until the process ends. A tensor that is too large is torch's to refuse.
+        {"ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1", "UBSAN_OPTIONS": "print_stacktrace=1"},
     ),
     "thread": (
         ["-fsanitize=thread", "-g1"],
@@ -54,20 +54,25 @@ BUILDS: dict[str, tuple[list[str], list[str], dict[str, str]]] = {
 }
 
 
+def preloading(libraries: Sequence[str]) -> dict[str, str]:
+    """The variable that loads the compiler's libraries of these names before Python."""
+    cxx = native_build.last_build().cxx
+    found = [subprocess.check_output([cxx, f"-print-file-name={name}"], text=True).strip() for name in libraries]
+    return {"LD_PRELOAD": " ".join(str(Path(path).resolve()) for path in found)} if found else {}
+
+
 def environment(build: str, tree: Path = ROOT) -> dict[str, str]:
     """What a Python process needs to run the kernels of a tree on the host; builds the library."""
     flags, preloaded, variables = BUILDS[build]
     library = native_build.host_library(tree, flags=flags)
-    cxx = native_build.last_build().cxx
-    found = [subprocess.check_output([cxx, f"-print-file-name={lib}"], text=True).strip() for lib in preloaded]
     return {
         **os.environ,
         **variables,
+        **preloading(preloaded),
         "OMP_NUM_THREADS": "1",  # kernels use no other thread, and two processes run at a time
         "CUDA_ON_HOST_BUILD": build,
         "CUDA_ON_HOST_LIBRARY": str(library),
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(TESTS)]),
-        **({"LD_PRELOAD": " ".join(str(Path(path).resolve()) for path in found)} if found else {}),
     }
 
 
