@@ -51,6 +51,9 @@ at::Tensor dense_layout_of(const at::Tensor& x) {
 }
 
 at::Tensor dense_sources(const at::Tensor& sources) {
+  if (sources.is_neg() || sources._is_zerotensor()) {
+    return sources.clone(at::MemoryFormat::Contiguous);
+  }
   const at::Tensor dense = sources.contiguous();
   // Those of a mask are single bytes.
   const bool is_aligned =

@@ -21,7 +21,8 @@ at::Tensor allocate_samples(const at::Tensor& x, c10::SymInt samples, at::Scalar
 // A dense tensor in the layout that at::empty_like gives: x itself if it is dense, else one without values.
 at::Tensor dense_layout_of(const at::Tensor& x);
 
-// `sources`, contiguous and aligned to its entries, as a tensor made from a buffer need not be.
+// `sources` as it can be read from memory: contiguous, not yet to be negated, not zeros that are nowhere, and aligned
+// to its entries, as a tensor made from a buffer need not be.
 at::Tensor dense_sources(const at::Tensor& sources);
 
 // Whether `sources`, see backend.h, is an index; otherwise it is a keep mask.

@@ -460,6 +460,17 @@ def test_tensors_aligned_to_nothing(dtypes):
 
 
 @pytest.mark.parametrize("requires_grad", BOTH)
+def test_index_whose_memory_holds_other_values(requires_grad):
+    """A negation that is pending, and zeros that are nowhere: what is checked is what is selected."""
+    x = random_tensor((3, 2)).requires_grad_(requires_grad)
+    for index in (torch._neg_view(torch.tensor([-2, 0, 1])), torch._efficientzerotensor(3, dtype=torch.int64)):
+        assert_same_bits(OPS.scale_kept(x, index, 2.0).detach(), OPS.scale_kept(x, index + 0, 2.0).detach())
+    for index in (torch._neg_view(torch.tensor([-3])), torch._neg_view(torch.tensor([2]))):
+        with pytest.raises(IndexError, match="an index must be between -1 and 2, but got (3|-2)"):
+            OPS.scale_kept(x, index, 2.0)
+
+
+@pytest.mark.parametrize("requires_grad", BOTH)
 def test_infinite_scale_of_what_is_not_kept(device, requires_grad):
     """Zeros are zeros, not NaN: in the kernels, and in the ATen operations that stand for them under a graph."""
     x = torch.ones(2, 3, device=device, requires_grad=requires_grad)
