@@ -181,8 +181,9 @@ struct GatherBackward final : SavingNode<GatherBackward, 1> {
     if (at::GradMode::is_enabled() || !is_ours_alone(grad_x) || !is_plain(grad_samples)) {
       return {scatter_add(grad_samples, grad_x, std::nullopt, inverse.get(), index.get(), /*scale=*/1.0)};
     }
-    check_add_kept_inputs(grad_samples, grad_x, std::nullopt, inverse.get());
-    add_kept_(grad_x, grad_samples, inverse.get());
+    const at::Tensor slots = inverse.get();  // once: under checkpointing it is recomputed
+    check_add_kept_inputs(grad_samples, grad_x, std::nullopt, slots);
+    add_kept_(grad_x, grad_samples, slots);
     return {std::move(grad_x)};
   }
 
