@@ -5,10 +5,11 @@
 # The environment variables at the top of setup.py reach the build.
 
 VENV ?= .venv
-TORCH ?= torch torchvision timm transformers accelerate
+DEFAULT := torch torchvision timm transformers accelerate
+TORCH ?= $(DEFAULT)
 # Bare versions are what `make wheels` builds for, in environments of their own.
 VERSIONS := $(filter 2.%,$(TORCH))
-PACKAGES := $(if $(VERSIONS),torch torchvision timm transformers accelerate,$(TORCH))
+PACKAGES := $(or $(filter-out 2.%,$(TORCH)),$(DEFAULT))
 
 ifdef PYTHON
 ENVIRONMENT :=
@@ -89,11 +90,11 @@ gpu-tune: $(ENVIRONMENT)
 
 # One for each Python and torch, in dist/wheels: make wheels TORCH="2.11 2.13 2.14" PYTHONS="python3.11 python3.12"
 wheels: $(ENVIRONMENT)
-	PYTHONPATH= $(PYTHON) .ci/release.py wheels $(VERSIONS:%=--torch %) $(PYTHONS:%=--python %)
+	$(PYTHON) .ci/release.py wheels $(VERSIONS:%=--torch %) $(PYTHONS:%=--python %)
 
 # Every way to install it, each in a fresh environment: some 20 minutes.
 release-check: $(ENVIRONMENT)
-	PYTHONPATH= $(PYTHON) .ci/release.py check --markdown docs/install.md
+	$(PYTHON) .ci/release.py check --markdown docs/install.md
 
 build: $(BUILD)
 

@@ -33,7 +33,6 @@ WHEELS = ROOT / "dist/wheels"
 LARGEST_WHEEL = 10_000_000
 NEWEST = re.match(r"\d+\.\d+", torch.__version__)[0]
 CPU_ONLY = "2.13"  # whose wheel on the index is CPU-only
-INFO = ("-m", "droppath_ext.info")
 
 
 class Failure(Exception):
@@ -51,6 +50,14 @@ def run(*command: str | Path, cwd: Path = WORK, fails: bool = False, **environme
         sys.stderr.write(result.stdout)
         raise Failure(f"`{' '.join(map(str, command))}` ended with {result.returncode}")
     return result.stdout
+
+
+def self_test(python: Path) -> str:
+    """What the installed package says of itself."""
+    report = run(python, "-m", "droppath_ext.info")
+    if not re.search(r"^self-test on cpu +pass$", report, re.MULTILINE):
+        raise Failure(f"the self-test did not pass:\n{report}")
+    return report
 
 
 class Environment:
@@ -71,12 +78,6 @@ class Environment:
 
     def pip(self, *arguments: str | Path, **options: str) -> str:
         return run(self.python, "-m", "pip", *arguments, **options)
-
-    def self_test(self) -> str:
-        report = run(self.python, *INFO)
-        if "self-test on cpu                 pass" not in report:
-            raise Failure(f"the self-test did not pass:\n{report}")
-        return report
 
     def all_files(self) -> set[Path]:
         return {path for path in self.folder.rglob("*") if "__pycache__" not in path.parts}
@@ -159,7 +160,7 @@ def wheels(pythons: list[str], versions: list[str]) -> None:
             write_index()
             tester = Environment("tester", version, python)
             run("bash", "-ec", install_from_index(first), cwd=ROOT, PATH=tester.path)
-            tester.self_test()
+            self_test(tester.python)
             tester.uninstall()
             print(f"{first.name}: {first.stat().st_size:,} bytes, the same twice, self-test passes", flush=True)
             for name in ("first", "second", "builder", "tester"):
@@ -178,14 +179,16 @@ rows: list[tuple[str, str, str, str]] = []  # way, torch, result, minutes
 
 
 @contextmanager
-def way(name: str, version: str) -> Iterator[None]:
-    """A row of the table."""
+def way(name: str, environment: Environment | None = None) -> Iterator[None]:
+    """A row of the table. The other ways are gone whatever comes of this one, from the environment as it was."""
     begin, result = time.monotonic(), "passes"
     try:
         yield
-    except Exception as error:  # the other ways are gone all the same
+    except Exception as error:
         result = f"fails: {type(error).__name__}: {error}".splitlines()[0]
-    rows.append((name, version, result, f"{(time.monotonic() - begin) / 60:.1f}"))
+        if environment:
+            environment.pip("uninstall", "--yes", "droppath_ext")
+    rows.append((name, environment.torch if environment else "–", result, f"{(time.monotonic() - begin) / 60:.1f}"))
     print(" · ".join(rows[-1]), flush=True)
 
 
@@ -219,14 +222,14 @@ def check_uv(sdist: Path) -> None:
         "DROPPATH_EXT_CUDA": "0",
     }
     run(uv, "sync", "--python", sys.executable, cwd=project, **options)
-    check_sentence(run(project / ".venv/bin/python", *INFO), "self-test on cpu                 pass")
+    self_test(project / ".venv/bin/python")
     shutil.rmtree(WORK / "uv-cache")
 
 
 def installs(environment: Environment, *arguments: str | Path, **options: str) -> str:
     """What the self-test prints of what pip installs; nothing is left behind."""
     environment.pip("install", *arguments, **options)
-    report = environment.self_test()
+    report = self_test(environment.python)
     environment.uninstall()
     return report
 
@@ -236,51 +239,51 @@ def check() -> None:
     wheel = WORK / "no wheel was built"
 
     oldest = Environment("oldest", "2.11")
-    with way("README's lines, in a checkout", oldest.torch):
+    with way("README's lines, in a checkout", oldest):
         run("bash", "-ec", quick_start(), cwd=sources(sdist), PATH=oldest.path)
-        oldest.self_test()
+        self_test(oldest.python)
         oldest.uninstall()
-    with way("`--no-build-isolation` with an old setuptools: the sentence", oldest.torch):
+    with way("`--no-build-isolation` with an old setuptools: the sentence", oldest):
         oldest.pip("install", "setuptools==65.5.0", "wheel")
         said = oldest.pip("install", "--no-build-isolation", "--no-deps", sources(sdist), fails=True)
         check_sentence(said, "setuptools 65.5.0 cannot read this pyproject.toml: pip install 'setuptools>=77,<82'")
     shutil.rmtree(oldest.folder)
 
     newest = Environment("newest", NEWEST)
-    with way("`pip wheel` of the sdist, and the wheel", newest.torch):
+    with way("`pip wheel` of the sdist, and the wheel", newest):
         newest.pip("wheel", "--no-deps", "--wheel-dir", WORK / "wheel", sdist)
         wheel = next((WORK / "wheel").glob("*.whl"))
         check_contents(wheel)
         installs(newest, "--no-deps", wheel)
-    with way("`pip install --editable .`", newest.torch):
+    with way("`pip install --editable .`", newest):
         newest.pip("install", "--no-deps", "--editable", sources(sdist), DROPPATH_EXT_CUDA="0")
-        newest.self_test()
+        self_test(newest.python)
         newest.uninstall()
     shutil.rmtree(newest.folder)
 
     cpu_only = Environment("cpu-only", CPU_ONLY)
-    with way("`pip install git+…`", cpu_only.torch):
+    with way("`pip install git+…`", cpu_only):
         installs(cpu_only, f"git+file://{ROOT}")
-    with way("`DROPPATH_EXT_NATIVE=0 pip install`, without a compiler", cpu_only.torch):
+    with way("`DROPPATH_EXT_NATIVE=0 pip install`, without a compiler", cpu_only):
         report = installs(cpu_only, sdist, DROPPATH_EXT_NATIVE="0", CXX="no-such-compiler")
         check_sentence(report, "none: every call takes the slower composite path")
-    with way("without a compiler: the sentence", cpu_only.torch):
+    with way("without a compiler: the sentence", cpu_only):
         said = cpu_only.pip("install", sdist, fails=True, CXX="no-such-compiler")
         check_sentence(said, "no C++ compiler: there is no no-such-compiler on PATH.", "DROPPATH_EXT_NATIVE=0")
-    with way(f"a wheel for torch {NEWEST}: the sentence", cpu_only.torch):
+    with way(f"a wheel for torch {NEWEST}: the sentence", cpu_only):
         cpu_only.pip("install", "--no-deps", wheel)
         said = run(cpu_only.python, "-c", "import droppath_ext", fails=True)
         check_sentence(
             said, f"ImportError: droppath_ext was built with torch {NEWEST}", cpu_only.torch, "To build it: pip"
         )
         cpu_only.uninstall()
-    with way("without torch: the sentence", "none"):
+    with way("without torch: the sentence"):
         run(sys.executable, "-m", "venv", WORK / "bare")
         said = run(WORK / "bare/bin/python", "-m", "pip", "install", "--no-deps", sdist, fails=True)
         check_sentence(said, "cannot import", "pip install 'torch>=2.11', then pip install droppath_ext")
     shutil.rmtree(cpu_only.folder)
 
-    with way("a project of uv", CPU_ONLY):
+    with way(f"a project of uv, with torch {CPU_ONLY}"):
         check_uv(sdist)
 
 

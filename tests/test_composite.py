@@ -567,6 +567,19 @@ def test_composite_gather(device, dtype):
     assert_same_bits(out, torch.stack([x[6], torch.zeros_like(x[0]), x[1]]))
 
 
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.channels_last_3d])
+def test_composite_gather_keeps_channels_last(device, memory_format):
+    """So that the convolutions of a branch need no copy."""
+    shape = (4, 6, 5, 3) if memory_format == torch.channels_last else (4, 6, 2, 5, 3)
+    x = random_tensor(shape, device=device).to(memory_format=memory_format).requires_grad_()
+    index, inverse = torch.tensor([2, 0], device=device), torch.tensor([1, -1, 0, -1], device=device)
+    out = reference.gather(x, index, inverse)
+    assert out.is_contiguous(memory_format=memory_format)
+    assert_same_bits(out, x[index])
+    (grad,) = torch.autograd.grad(out.sum(), x)
+    assert_same_bits(grad, (inverse >= 0).float().view(-1, *[1] * (x.ndim - 1)).expand_as(x))
+
+
 @pytest.mark.parametrize(
     ("dtypes", "sampling", "value"), pairwise(ALL_ADD_DTYPES, SAMPLINGS, [None, float("inf")]), ids=case_id
 )

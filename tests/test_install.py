@@ -232,6 +232,16 @@ def test_installed_without(pure_site):
     _check_pure("/", pure_site)
 
 
+def test_lost_extension_is_no_choice(pure_site, tmp_path):
+    """The wheel had one, so whoever installed it did not choose to do without."""
+    site = tmp_path / "site"
+    shutil.copytree(pure_site, site)
+    (wheel,) = site.glob("droppath_ext-*.dist-info/WHEEL")
+    wheel.write_text(wheel.read_text().replace("Root-Is-Purelib: true", "Root-Is-Purelib: false"))
+    result = _run_in("/", "-c", "import droppath_ext", site=[site])
+    assert "ImportError: droppath_ext has no native extension for Python 3." in result.stderr
+
+
 # --- building ---
 
 

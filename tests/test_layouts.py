@@ -522,7 +522,6 @@ def test_skip_layout_of_the_branch(device, branch_layout, x_layout, sampling, wi
     assert out.stride() == torch.empty_like(x).stride()
 
 
-@needs_native
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.channels_last_3d])
 def test_skip_branch_sees_channels_last(device, sampling, memory_format):
