@@ -11,11 +11,15 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from decimal import Decimal
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Generator, Tensor
 from torch.compiler import is_compiling
 from torch.jit._trace import TracerWarning
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MODES = ("row", "batch")
@@ -205,18 +209,10 @@ def check_add_inputs(x: Tensor, residual: Tensor, gamma: Tensor | None) -> None:
         check_gamma(gamma, x)
 
 
-def is_dtensor(x: Tensor) -> bool:
+def is_dtensor(x: Tensor) -> "TypeGuard[DTensor]":
     """Whether x is a DTensor. Nobody has one before its module is loaded, which takes a while."""
     distributed = sys.modules.get("torch.distributed.tensor")
     return distributed is not None and isinstance(x, distributed.DTensor)
-
-
-def check_gatherable(x: Tensor) -> None:
-    """Raise unless samples of x can be gathered."""
-    if x.is_nested:
-        raise TypeError("x must not be a nested tensor: its samples cannot be gathered")
-    if not is_compiling() and is_dtensor(x):
-        raise TypeError("x must not be a DTensor: its samples cannot be gathered; use x.to_local()")
 
 
 def check_batched(batched: Sequence[Tensor | None], x: Tensor, dim: int = 0) -> None:

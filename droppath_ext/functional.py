@@ -19,7 +19,6 @@ from .checks import (
     check_dim,
     check_drawn_from,
     check_gamma,
-    check_gatherable,
     check_generator,
     check_input,
     check_keep,
@@ -30,9 +29,11 @@ from .checks import (
     check_sampling,
     checked_drop_prob,
     checked_host_drop_prob,
+    is_dtensor,
 )
 from .reference import is_jit_tracing
 from .sampling import Samples, buffers_kept, draw_samples, module_of
+from .shards import on_shards
 from .tracing import (
     is_recorded,
     record,
@@ -367,8 +368,9 @@ def stochastic_depth(
     ``x + gamma * branch(x, *batched)``, scaled.
 
     Args:
-        x: Tensor [B, ...] of float16, bfloat16, float32 or float64, of any layout. A DTensor or a nested tensor only
-            where nothing is dropped.
+        x: Tensor [B, ...] of float16, bfloat16, float32 or float64, of any layout. A nested tensor only where nothing
+            is dropped. Of a DTensor, sharded along the samples, each rank skips among its own samples; placed
+            otherwise, it needs ``keep`` (docs/composition.md).
         branch: Called once, as ``branch(taken, *batched_taken)`` with the K kept samples, [K, ...]. Returns a tensor of
             that shape, of any such dtype and layout. It must not write to its input, nor to x.
         drop_prob: Probability p in [0, 1] that a sample is dropped; a number, or a 0-dim tensor on the CPU that
@@ -431,9 +433,9 @@ def stochastic_depth(
         dim = _checked_dim(x, dim, keep, generator)
     if generator is not None:
         check_generator(generator, sampling, x)
-    first = x
+    first, gamma_of_first = x, gamma
     if dim != 0:
-        first, gamma = x.movedim(dim, 0), _samples_first(gamma, x, dim)
+        first, gamma_of_first = x.movedim(dim, 0), _samples_first(gamma, x, dim)
     elif gamma is not None:
         check_gamma(gamma, x)
     if type(batched) is not tuple or batched:
@@ -442,7 +444,8 @@ def stochastic_depth(
         _warn_without_kernels(x)
     dropping = training and (drop_prob > 0.0 or keep is not None)
     if dropping:
-        check_gatherable(x)
+        if x.is_nested:
+            raise TypeError("x must not be a nested tensor: its samples cannot be gathered")
         if generator is not None:
             check_not_recomputed(generator)
         if not compiling and is_jit_tracing():
@@ -450,6 +453,11 @@ def stochastic_depth(
                 "torch.jit.trace cannot record stochastic_depth in training, for it would keep the same samples for "
                 "good: trace the evaluation, or use torch.compile or torch.export"
             )
+        if is_dtensor(x):
+            options = {"gamma": gamma, "batched": batched, "sampling": sampling, "mode": mode}
+            options |= {"dim": dim, "keep": keep, "generator": generator}
+            out: Tensor = on_shards(stochastic_depth, x, branch, drop_prob, scale_by_keep, **options)
+            return out
     samples, scale = None, 1.0
     taken, residual = x, first
     if dropping and x.shape[dim] > 0:
@@ -469,7 +477,7 @@ def stochastic_depth(
     check_output(y, taken)
     if dim == 0:
         return _scatter_add(y, residual, gamma, samples, scale)
-    return _scatter_add(y.movedim(dim, 0), residual, gamma, samples, scale).movedim(0, dim)
+    return _scatter_add(y.movedim(dim, 0), residual, gamma_of_first, samples, scale).movedim(0, dim)
 
 
 @scripts_as(lambda: scripted_draw_keep)

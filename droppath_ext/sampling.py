@@ -33,9 +33,9 @@ class Samples(NamedTuple):
 
 
 def module_of(branch: Callable[..., Tensor]) -> nn.Module | None:
-    """The module that computes the branch: itself, or what it is a method or a partial call of."""
-    while isinstance(branch, functools.partial):
-        branch = branch.func
+    """The module that computes the branch: itself, or what it is a method, a partial call or a wrapper of."""
+    while isinstance(branch, functools.partial) or hasattr(branch, "__wrapped__"):
+        branch = branch.func if isinstance(branch, functools.partial) else branch.__wrapped__
     owner = getattr(branch, "__self__", branch)
     return owner if isinstance(owner, nn.Module) else None
 

@@ -269,5 +269,26 @@ def test_distributed_tensors(mesh, dim):
         drop_path_add(x, x, 0.5, True, gamma=torch.ones(6))
     for training, p in ((False, 0.5), (True, 0.0)):
         assert torch.equal(stochastic_depth(x, torch.neg, p, training).full_tensor(), torch.zeros(16, 6))
-    with pytest.raises(TypeError, match=r"x must not be a DTensor: .*use x\.to_local\(\)"):
-        stochastic_depth(x, torch.neg, 0.5, True)
+
+
+@pytest.mark.parametrize("dim", [None, 0, 1])
+@pytest.mark.parametrize("sampling", ["bernoulli", "fixed"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_distributed_tensors_skip(mesh, dim, sampling, compiled):
+    """On one rank as without; on several ranks in test_distributed."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    def block(x, gamma):
+        return stochastic_depth(x, torch.sin, 0.5, True, gamma=gamma, sampling=sampling)
+
+    plain = torch.randn(16, 6).requires_grad_(), torch.rand(6).requires_grad_()
+    torch.manual_seed(0)
+    expected = block(*plain)
+    x = distribute_tensor(plain[0], mesh, [Replicate() if dim is None else Shard(dim)])
+    gamma = distribute_tensor(plain[1], mesh, [Replicate()])
+    torch.manual_seed(0)
+    out = torch.compile(block, backend="eager")(x, gamma) if compiled else block(x, gamma)
+    assert torch.equal(out.full_tensor(), expected)
+    gradients = torch.autograd.grad(out.square().sum(), (x, gamma))
+    for actual, reference in zip(gradients, torch.autograd.grad(expected.square().sum(), plain), strict=True):
+        torch.testing.assert_close(actual.full_tensor(), reference)

@@ -306,19 +306,24 @@ def test_a_stand_in_counts_for_nothing(device, options, as_method):
     assert all(gradient.eq(0).all() for gradient in gradients)
 
 
-@pytest.mark.parametrize("kind", ["partial", "scripted", "lazy", "no statistics"])
+@pytest.mark.parametrize("kind", ["partial", "wrapped", "scripted", "lazy", "no statistics"])
 def test_other_kinds_of_batch_norm(kind):
     """None raises because one sample or none is kept."""
     norm = {
         "partial": nn.BatchNorm1d,
+        "wrapped": nn.BatchNorm1d,
         "scripted": lambda features: torch.jit.script(nn.BatchNorm2d(features)),
         "lazy": lambda features: nn.LazyBatchNorm1d(),
         "no statistics": lambda features: nn.BatchNorm1d(features, track_running_stats=False).eval(),
     }[kind](3)
-    branch = functools.partial(norm) if kind == "partial" else norm
+    branch = norm
+    if kind in ("partial", "wrapped"):
+        branch = functools.partial(norm)
+    if kind == "wrapped":
+        branch = functools.wraps(branch)(lambda rows: norm(rows))
     x = random_tensor((2, 3, 4, 4) if kind == "scripted" else (2, 3))  # it is no BatchNorm of Python's
     assert torch.equal(stochastic_depth(x, branch, 1.0, True), x)
-    if kind == "partial":
+    if kind in ("partial", "wrapped"):
         assert norm.num_batches_tracked == 0
     for _ in range(20):
         stochastic_depth(x, branch, 0.5, True)
