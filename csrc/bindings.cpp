@@ -34,11 +34,12 @@ constexpr bool kHasCuda = false;
 bool has_kernels(const at::Tensor& x) { return x.is_cpu() || (kHasCuda && x.is_cuda()); }
 
 // Whether the kernels serve x, here and now: plain strided CPU and CUDA tensors. The C++ autograd functions know
-// neither the transforms of torch.func nor forward-mode AD; subclasses and other devices have semantics of their own. A
-// tensor of a transform that has ended gets ATen's sentence.
+// neither the transforms of torch.func nor forward-mode AD; subclasses and other devices have semantics of their own;
+// what torch.jit.trace records shall be ATen's ops, which run where this package is missing. A tensor of a transform
+// that has ended gets ATen's sentence.
 bool uses_fused_path(py::handle x) {
-  if (!THPVariable_CheckExact(x.ptr()) ||
-      c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode)) {
+  constexpr c10::DispatchKeySet kRecorded{c10::DispatchKey::FuncTorchDynamicLayerFrontMode, c10::DispatchKey::Tracer};
+  if (!THPVariable_CheckExact(x.ptr()) || c10::impl::tls_local_dispatch_key_set().included_.has_any(kRecorded)) {
     return false;
   }
   const at::Tensor& tensor = THPVariable_Unpack(x.ptr());

@@ -3,6 +3,7 @@
 The native ops check what reaches them in the same words.
 """
 
+import contextlib
 import inspect
 import math
 import numbers
@@ -60,7 +61,15 @@ def checked_host_drop_prob(drop_prob: float | Tensor, function: str) -> float:
             f"drop_prob of {function} must be a number, for the host needs it, but got a tensor {where}: "
             "pass float(drop_prob)"
         )
-    return float(checked_drop_prob(p.item()))
+    value: object = None
+    with contextlib.suppress(RuntimeError):
+        value = p.item()
+    if not isinstance(value, float | int):  # where there is an error, or a symbol
+        raise TypeError(
+            f"drop_prob of {function} must be a number, for the host needs it, but got a tensor that has none here, as "
+            "inside torch.func.vmap or a trace"
+        )
+    return float(checked_drop_prob(value))
 
 
 def _check_number(drop_prob: object) -> None:
@@ -77,6 +86,8 @@ def check_dim(dim: int, x: Tensor) -> None:
         raise TypeError(f"dim must be an int, but got {dim!r}")
     if not -x.ndim <= dim < x.ndim:
         raise ValueError(f"dim must be a dimension of x, of which there are {x.ndim}, but got {dim}")
+    if x.is_nested and dim % x.ndim != 0:
+        raise ValueError(f"dim must be 0 for a nested tensor, whose samples are its parts, but got {dim}")
 
 
 def check_sample_dim(sample_dim: int) -> None:

@@ -1,5 +1,6 @@
 """The public functions: arguments are checked and the path is chosen here."""
 
+import contextlib
 import functools
 import sys
 import warnings
@@ -160,9 +161,7 @@ def _drop_path(
         drop_prob = _known_rate(drop_prob, x)
     if not is_compiling():
         check_not_recomputed(generator)
-        if is_jit_tracing():  # which shall see ATen ops
-            out = None
-        elif not isinstance(drop_prob, float):
+        if not isinstance(drop_prob, float):
             drawn = _draw_at(x, drop_prob, scale_by_keep, mode, keep, generator)
             out = None if drawn is None else _C.scale_kept(x, drawn[0], 1.0, drawn[1])
         elif keep is None:
@@ -196,9 +195,10 @@ def _draw_at(
 
 def _known_rate(drop_prob: Tensor, x: Tensor) -> float | Tensor:
     """The rate as a number if the host knows it, that is on the CPU; clamped as there."""
-    if drop_prob.is_cpu and not is_compiling() and not is_jit_tracing() and _C.uses_fused_path(drop_prob):
-        p = float(drop_prob.detach())
-        return min(max(p, 0.0), 1.0) if p == p else 0.0
+    if drop_prob.is_cpu and not is_compiling() and _C.uses_fused_path(drop_prob):
+        with contextlib.suppress(RuntimeError):  # of make_fx, which lets nobody see values
+            p = float(drop_prob.detach())
+            return min(max(p, 0.0), 1.0) if p == p else 0.0
     check_device(drop_prob, "drop_prob", x)
     return drop_prob
 
@@ -266,8 +266,7 @@ def drop_path_add(
         and dim == 0
     ):
         p = drop_prob if training else 0.0
-        # A jit trace of the evaluation is of ATen ops, which run where this package is missing.
-        if not is_compiling() and (p > 0.0 or not is_jit_tracing()):
+        if not is_compiling():
             out = _C.drop_path_add(x, residual, gamma, p, scale_by_keep, True, None)
             if out is not None:
                 return out
@@ -307,13 +306,10 @@ def _drop_path_add(
         return _drop_path_add(*first, drop_prob, True, scale_by_keep, gamma, mode, 0, keep, generator).movedim(0, dim)
     if isinstance(drop_prob, Tensor):
         drop_prob = _known_rate(drop_prob, x)
-    drops = keep is not None or not isinstance(drop_prob, float) or drop_prob > 0.0
-    if not is_compiling() and (drops or not is_jit_tracing()):
-        if drops:
+    if not is_compiling():
+        if keep is not None or not isinstance(drop_prob, float) or drop_prob > 0.0:
             check_not_recomputed(generator)
-        if is_jit_tracing():
-            out = None
-        elif not isinstance(drop_prob, float):
+        if not isinstance(drop_prob, float):
             drawn = _draw_at(x, drop_prob, scale_by_keep, mode, keep, generator)
             out = None if drawn is None else _C.scatter_add(x, residual, gamma, drawn[0], drawn[0], 1.0, drawn[1])
         elif keep is None:
@@ -518,7 +514,7 @@ def draw_keep(
     if isinstance(drop_prob, Tensor):
         drop_prob = _known_rate(drop_prob, x)
         drop_prob = reference.clamped(drop_prob) if isinstance(drop_prob, Tensor) else drop_prob
-    return reference.draw_keep_mask(x.movedim(dim, 0) if dim else x, drop_prob, mode, generator)
+    return reference.draw_keep_mask(x.movedim(dim, 0) if dim % x.ndim else x, drop_prob, mode, generator)
 
 
 def _versions(*tensors: Tensor) -> list[int]:
@@ -545,6 +541,5 @@ def _taken(tensor: Tensor | None, samples: Samples, dim: int) -> Tensor | None:
 
 def _scatter_add(y: Tensor, residual: Tensor, gamma: Tensor | None, samples: Samples | None, scale: float) -> Tensor:
     slots, kept = (None, None) if samples is None else (samples.slots, samples.kept)
-    fused = not is_compiling() and not is_jit_tracing()  # as in drop_path_add; training is not traced
-    out = _C.scatter_add(y, residual, gamma, slots, kept, scale) if fused else None
+    out = None if is_compiling() else _C.scatter_add(y, residual, gamma, slots, kept, scale)
     return reference.scatter_add(y, residual, gamma, slots, kept, scale) if out is None else out

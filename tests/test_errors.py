@@ -25,6 +25,7 @@ from droppath_ext import (
     DropPath,
     DropPathAdd,
     StochasticDepth,
+    draw_keep,
     drop_path,
     drop_path_add,
     patch_timm,
@@ -729,6 +730,24 @@ def test_skip_of_samples_that_cannot_be_gathered(sampling):
     nested = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(4, 3)], layout=torch.jagged)
     message = "x must not be a nested tensor: its samples cannot be gathered"
     _skip_error(TypeError, message, nested, 0.5, True, sampling=sampling)
+
+
+@pytest.mark.parametrize("dim", [1, 2, -1])
+def test_dim_of_nested_tensors(dim):
+    nested = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(4, 3)], layout=torch.jagged)
+    for call in (
+        lambda dim: drop_path(nested, 0.5, True, dim=dim),
+        lambda dim: drop_path_add(nested, nested, 0.5, True, dim=dim),
+        lambda dim: stochastic_depth(nested, torch.neg, 0.5, True, dim=dim),
+        lambda dim: draw_keep(nested, 0.5, dim=dim),
+        lambda dim: DropPath(0.5, sample_dim=dim)(nested),
+    ):
+        with pytest.raises(
+            ValueError, match="^dim must be 0 for a nested tensor, whose samples are its parts, but got"
+        ):
+            call(dim)
+    assert len(draw_keep(nested, 0.5, dim=-3)) == 2
+    assert drop_path(nested, 0.5, True, dim=-3).shape == nested.shape
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)

@@ -23,12 +23,12 @@ class Tagged(torch.Tensor):
     """A subclass that honours what runs on it."""
 
 
-def _call(name, x, **options):
+def _call(name, x, drop_prob=0.5, **options):
     if name == "drop_path":
-        return drop_path(x, 0.5, True, **options)
+        return drop_path(x, drop_prob, True, **options)
     if name == "drop_path_add":
-        return drop_path_add(x, torch.ones_like(x), 0.5, True, **options)
-    return stochastic_depth(x, torch.neg, 0.5, True, sampling=name.split()[1], **options)
+        return drop_path_add(x, torch.ones_like(x), drop_prob, True, **options)
+    return stochastic_depth(x, torch.neg, drop_prob, True, sampling=name.split()[1], **options)
 
 
 NAMES = ["drop_path", "drop_path_add", *(f"stochastic_depth {sampling}" for sampling in SAMPLINGS)]
@@ -169,7 +169,7 @@ def test_subclasses_see_aten_ops(name):
     assert type(out) is Strict
 
 
-@pytest.mark.parametrize("options", [{"keep": True}, {"rate": True}, {"dim": 1}])
+@pytest.mark.parametrize("options", [{}, {"keep": True}, {"rate": True}, {"dim": 1}])
 def test_traces_of_training_hold_aten_ops(options):
     """And take batches of other sizes."""
 
@@ -232,6 +232,30 @@ def test_graphs_of_aten_ops(name, trace):
             run()
     else:
         assert run().shape == (8, 3)
+
+
+@pytest.mark.parametrize("trace", ["make_fx", "symbolic make_fx", "vmap"])
+@pytest.mark.parametrize("name", NAMES)
+def test_rates_that_are_recorded(name, trace):
+    """A rate on the CPU has no value there: a graph reads it anew, a map has several."""
+    x, rates = torch.ones(64, 3), torch.tensor([0.0, 1.0, 0.5])
+
+    def call(x, rate):
+        return _call(name, x, drop_prob=rate)
+
+    def run():
+        if trace == "vmap":
+            return torch.func.vmap(call, in_dims=(None, 0), randomness="same")(x, rates)
+        graph = make_fx(call, tracing_mode="symbolic" if trace.startswith("symbolic") else "real")(x, rates[2])
+        return torch.stack([graph(x, rate) for rate in rates])
+
+    if name.startswith("stochastic_depth"):
+        with pytest.raises(TypeError, match=r"drop_prob of stochastic_depth must be a number, .* but got a tensor"):
+            run()
+    else:
+        kept = (run() != _call(name, x, drop_prob=1.0)).all(2).sum(1).tolist()
+        assert kept[:2] == [64, 0]
+        assert 0 < kept[2] < 64
 
 
 # --- checkpointing ---
