@@ -19,7 +19,6 @@ if reason := without_cuda():
 # A choice that meets every op, layout and dtype: a build, and pytest's arguments. The longest come first.
 RUNS = {
     "geometry": ("plain", "tests/test_geometry.py"),
-    "geometry_in_reverse": ("reversed", "tests/test_geometry.py"),
     "stores_offsets_and_the_host_itself": ("plain", *host.CHECKS),
     "ops": ("plain", "tests/test_ops.py", "-k", "not opcheck and not gradcheck and not meta and not refuse"),
     "formulas": (
