@@ -112,7 +112,7 @@ INPUTS: dict[str, Callable[[Any, tuple[int, int]], dict[str, Tensor]]] = {
     "seggpt": _images_and_prompt,
     "timesformer": lambda config, size: {"pixel_values": _video(config.num_frames, size)},
     "videomt": lambda _, size: {"pixel_values_videos": _video(2, size)},
-    "vjepa2": lambda _, size: {"pixel_values_videos": _video(16, size)},
+    "vjepa2": lambda _, size: {"pixel_values_videos": _video(2, size)},
     "x_clip": lambda config, size: {"pixel_values": _video(config.num_frames, size).flatten(0, 1)},
 }
 # Where it is not the first class named *Model, or else *Backbone, that these are for.
