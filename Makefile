@@ -40,7 +40,7 @@ test: build
 
 # Without the native extension: what every path promises.
 PURE := semantics fuse skip options routes random autograd composite composition tracing errors drop_in \
-	compile convert convert_reads distributed statistics
+	compile convert convert_reads distributed shards statistics
 test-pure: $(ENVIRONMENT)
 	DROPPATH_EXT_NATIVE=0 OMP_WAIT_POLICY=passive $(PYTHON) -m pytest --numprocesses 2 $(PURE:%=tests/test_%.py) $(TEST_ARGS)
 

@@ -242,6 +242,8 @@ def check_batched(batched: Sequence[Tensor | None], x: Tensor, dim: int = 0) -> 
                 f"{name} must have the {x.shape[dim]} samples of x{along}, but got shape {list(tensor.shape)}"
             )
         check_device(tensor, name, x)
+        if not is_dtensor(x):
+            check_kind(tensor, name, x)
 
 
 def check_not_recomputed(generator: Generator | None) -> None:
@@ -291,3 +293,14 @@ def check_output(y: Tensor, taken: Tensor) -> None:
     check_device(y, name, taken)
     if y.shape != taken.shape:
         raise ValueError(f"{name} must have the shape of its input, {list(taken.shape)}, but got {list(y.shape)}")
+
+
+def versions(*tensors: Tensor) -> list[int]:
+    """What in-place changes count up; nothing where nobody counts."""
+    return [] if is_compiling() else [tensor._version for tensor in tensors if not tensor.is_inference()]
+
+
+def check_unchanged(before: list[int], x: Tensor, taken: Tensor) -> None:
+    """Raise unless the versions of x and the branch's input are those of before."""
+    if versions(x, taken) != before:
+        raise RuntimeError("branch must not change its input or x in place: where nothing is dropped, its input is x")

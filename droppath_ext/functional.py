@@ -28,9 +28,11 @@ from .checks import (
     check_not_recomputed,
     check_output,
     check_sampling,
+    check_unchanged,
     checked_drop_prob,
     checked_host_drop_prob,
     is_dtensor,
+    versions,
 )
 from .reference import is_jit_tracing
 from .sampling import Samples, buffers_kept, draw_samples, module_of
@@ -365,8 +367,8 @@ def stochastic_depth(
 
     Args:
         x: Tensor [B, ...] of float16, bfloat16, float32 or float64, of any layout. A nested tensor only where nothing
-            is dropped. Of a DTensor, sharded along the samples, each rank skips among its own samples; placed
-            otherwise, it needs ``keep`` (docs/composition.md).
+            is dropped. Of a DTensor that is sharded along its samples each rank skips among its own, and the branch
+            gets the rows of its rank as a DTensor; placed otherwise, x needs ``keep`` (docs/composition.md).
         branch: Called once, as ``branch(taken, *batched_taken)`` with the K kept samples, [K, ...]. Returns a tensor of
             that shape, of any such dtype and layout. It must not write to its input, nor to x.
         drop_prob: Probability p in [0, 1] that a sample is dropped; a number, or a 0-dim tensor on the CPU that
@@ -454,6 +456,8 @@ def stochastic_depth(
             options |= {"dim": dim, "keep": keep, "generator": generator}
             out: Tensor = on_shards(stochastic_depth, x, branch, drop_prob, scale_by_keep, **options)
             return out
+        if keep is not None:
+            check_kind(keep, "keep", x)
     samples, scale = None, 1.0
     taken, residual = x, first
     if dropping and x.shape[dim] > 0:
@@ -462,14 +466,13 @@ def stochastic_depth(
         taken, residual = _gather(first, samples)
         taken = taken.movedim(0, dim) if dim != 0 else taken
         batched = [_taken(tensor, samples, dim) for tensor in batched]
-    versions = _versions(x, taken)
+    before = versions(x, taken)
     if samples is None or samples.any_kept or compiling:
         y = branch(taken, *batched)
     else:
         with buffers_kept(module_of(branch)):
             y = branch(taken, *batched)
-    if _versions(x, taken) != versions:
-        raise RuntimeError("branch must not change its input or x in place: where nothing is dropped, its input is x")
+    check_unchanged(before, x, taken)
     check_output(y, taken)
     if dim == 0:
         return _scatter_add(y, residual, gamma, samples, scale)
@@ -515,11 +518,6 @@ def draw_keep(
         drop_prob = _known_rate(drop_prob, x)
         drop_prob = reference.clamped(drop_prob) if isinstance(drop_prob, Tensor) else drop_prob
     return reference.draw_keep_mask(x.movedim(dim, 0) if dim % x.ndim else x, drop_prob, mode, generator)
-
-
-def _versions(*tensors: Tensor) -> list[int]:
-    """What in-place changes count up; nothing where nobody counts."""
-    return [] if is_compiling() else [tensor._version for tensor in tensors if not tensor.is_inference()]
 
 
 def _gather(x: Tensor, samples: Samples) -> tuple[Tensor, Tensor]:

@@ -39,6 +39,9 @@ def clamped_keep_scale(rate: Tensor, scale_by_keep: bool) -> Tensor:
 def draw_keep_mask(x: Tensor, drop_prob: float | Tensor, mode: str, generator: Generator | None) -> Tensor:
     """Draw which samples of x are kept, in eager mode the same ones as the kernels; drop_prob, if a tensor, clamped."""
     per_sample = mode == "row"
+    if not is_compiling() and _is_mapped():  # where a new tensor may have a draw for each entry, and x, say, has none
+        size = x.shape[0] if per_sample else 1
+        return torch.rand(size, device=x.device, generator=generator) < 1.0 - drop_prob
     if isinstance(drop_prob, Tensor):
         drawn = _C.draw_keep_at(x, drop_prob, False, per_sample, generator) if draws_natively(x) else None
         return _draws(x, mode).uniform_(generator=generator) < 1.0 - drop_prob if drawn is None else drawn[0]
@@ -64,10 +67,13 @@ def draws_natively(x: Tensor) -> bool:
 
     In a graph it may not: compilers merge two draws of one op. vmap says itself how often is drawn, a DTensor where.
     """
-    if is_compiling() or is_jit_tracing() or is_dtensor(x):
-        return False
+    return not (is_compiling() or is_jit_tracing() or is_dtensor(x) or _is_mapped())
+
+
+def _is_mapped() -> bool:
+    """Whether this runs in torch.func.vmap."""
     transforms = torch._C._functorch.get_interpreter_stack() or ()
-    return all(transform.key() != torch._C._functorch.TransformType.Vmap for transform in transforms)
+    return any(transform.key() == torch._C._functorch.TransformType.Vmap for transform in transforms)
 
 
 def _draws(x: Tensor, mode: str) -> Tensor:

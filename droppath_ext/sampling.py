@@ -34,10 +34,14 @@ class Samples(NamedTuple):
 
 def module_of(branch: Callable[..., Tensor]) -> nn.Module | None:
     """The module that computes the branch: itself, or what it is a method, a partial call or a wrapper of."""
-    while isinstance(branch, functools.partial) or hasattr(branch, "__wrapped__"):
-        branch = branch.func if isinstance(branch, functools.partial) else branch.__wrapped__
-    owner = getattr(branch, "__self__", branch)
-    return owner if isinstance(owner, nn.Module) else None
+    while not isinstance(owner := getattr(branch, "__self__", branch), nn.Module):
+        if isinstance(branch, functools.partial):
+            branch = branch.func
+        elif hasattr(branch, "__wrapped__"):
+            branch = branch.__wrapped__
+        else:
+            return None
+    return owner
 
 
 _lock = threading.Lock()
@@ -73,7 +77,7 @@ def buffers_kept(module: nn.Module | None) -> Iterator[None]:
                         m._buffers[name] = buffer
 
 
-def _takes_batch_statistics(branch: Callable[..., Tensor]) -> bool:
+def takes_batch_statistics(branch: Callable[..., Tensor]) -> bool:
     """Whether there is a BatchNorm, which refuses to take the statistics of a single sample."""
     module = module_of(branch)
     if module is None:
@@ -169,7 +173,11 @@ def _explained(error: RuntimeError, keep: Tensor | None) -> RuntimeError | None:
             'use sampling="fixed"'
         )
     if any(
-        part in text for part in ("_local_scalar_dense", ".item()", "data pointer", "is not allocated", "meta tensor")
+        part in text
+        for part in (
+            *("_local_scalar_dense", ".item()", "data pointer", "is not allocated", "meta tensor"),
+            "data-dependent expression",
+        )
     ):
         what = 'sampling="bernoulli" needs the number of kept samples' if keep is None else "keep must have its values"
         return RuntimeError(
@@ -226,7 +234,7 @@ def _samples(slots: Tensor, kept: Tensor, branch: Callable[..., Tensor], any_kep
     if kept.shape[0] > 1:
         return Samples(kept, kept, slots, slots)
     taken_from, places, size = kept.clamp(min=0), slots, slots.shape[0]
-    if size > 1 and _takes_batch_statistics(branch):
+    if size > 1 and takes_batch_statistics(branch):
         other = (taken_from + 1) % size
         places = slots.scatter(0, other, 1) if any_kept else slots
         taken_from, kept = torch.cat([taken_from, other]), torch.cat([kept, torch.full_like(other, -1)])

@@ -215,14 +215,14 @@ def test_fake_tensors(name):
             assert _call(name, x).shape == (8, 3)
 
 
-@pytest.mark.parametrize("trace", ["make_fx", "linearize"])
+@pytest.mark.parametrize("trace", ["real", "fake", "symbolic", "linearize"])
 @pytest.mark.parametrize("name", NAMES)
 def test_graphs_of_aten_ops(name, trace):
     x = random_tensor((8, 3))
 
     def run():
-        if trace == "make_fx":
-            return make_fx(lambda x: _call(name, x))(x)(x)
+        if trace != "linearize":
+            return make_fx(lambda x: _call(name, x), tracing_mode=trace)(x)(x)
         return torch.func.linearize(lambda x: _call(name, x), x)[0]
 
     if name == "stochastic_depth bernoulli":
@@ -232,6 +232,20 @@ def test_graphs_of_aten_ops(name, trace):
             run()
     else:
         assert run().shape == (8, 3)
+
+
+@pytest.mark.parametrize("randomness", ["same", "different"])
+@pytest.mark.parametrize("function", [drop_path, lambda x, *args: drop_path_add(x, x, *args)])
+def test_vmap_of_a_tensor_that_is_shared(device, function, randomness):
+    """Whether rates are mapped or something else is; and draw_keep."""
+    x, rates = torch.ones(64, 3, device=device), torch.full((4,), 0.5, device=device)
+    for rate in (lambda p: 0.5, lambda p: p):
+        outs = torch.func.vmap(lambda p, rate=rate: function(x, rate(p), True) + 0 * p, randomness=randomness)(rates)
+        keep = torch.func.vmap(lambda p, rate=rate: draw_keep(x, rate(p)) & (p >= 0), randomness=randomness)(rates)
+        for masks in ((outs != outs.min()).all(2), keep):
+            assert masks.any(1).all()
+            assert not masks.all(1).any()
+            assert (masks != masks[0]).any() == (randomness == "different")
 
 
 @pytest.mark.parametrize("trace", ["make_fx", "symbolic make_fx", "vmap"])
@@ -330,12 +344,19 @@ def test_a_stand_in_counts_for_nothing(device, options, as_method):
     assert all(gradient.eq(0).all() for gradient in gradients)
 
 
-@pytest.mark.parametrize("kind", ["partial", "wrapped", "scripted", "lazy", "no statistics"])
+class _Decorated(nn.BatchNorm1d):
+    @torch.autocast("cpu", enabled=False)
+    def decorated(self, rows):
+        return self(rows)
+
+
+@pytest.mark.parametrize("kind", ["partial", "wrapped", "decorated", "scripted", "lazy", "no statistics"])
 def test_other_kinds_of_batch_norm(kind):
     """None raises because one sample or none is kept."""
     norm = {
         "partial": nn.BatchNorm1d,
         "wrapped": nn.BatchNorm1d,
+        "decorated": _Decorated,
         "scripted": lambda features: torch.jit.script(nn.BatchNorm2d(features)),
         "lazy": lambda features: nn.LazyBatchNorm1d(),
         "no statistics": lambda features: nn.BatchNorm1d(features, track_running_stats=False).eval(),
@@ -345,9 +366,11 @@ def test_other_kinds_of_batch_norm(kind):
         branch = functools.partial(norm)
     if kind == "wrapped":
         branch = functools.wraps(branch)(lambda rows: norm(rows))
+    if kind == "decorated":
+        branch = norm.decorated
     x = random_tensor((2, 3, 4, 4) if kind == "scripted" else (2, 3))  # it is no BatchNorm of Python's
     assert torch.equal(stochastic_depth(x, branch, 1.0, True), x)
-    if kind in ("partial", "wrapped"):
+    if kind in ("partial", "wrapped", "decorated"):
         assert norm.num_batches_tracked == 0
     for _ in range(20):
         stochastic_depth(x, branch, 0.5, True)

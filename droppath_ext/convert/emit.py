@@ -22,7 +22,10 @@ from droppath_ext.convert.runtime import (
     identity as _dp_identity, missed as _dp_missed, same as _dp_same, watched as _dp_watched,
 )
 """
-_FUNCTIONS = "from droppath_ext.functional import drop_path_add as _dp_add, stochastic_depth as _dp_skip\n"
+_FUNCTIONS = """\
+from droppath_ext.functional import drop_path_add as _dp_add, stochastic_depth as _dp_skip
+from droppath_ext.shards import can_skip as _dp_can_skip
+"""
 
 
 class Branch:
@@ -67,7 +70,7 @@ class Branch:
         gamma = ", gamma=gamma" if self.has_gamma else ""
         sampling = "" if self.sampling == "bernoulli" else f", sampling={self.sampling!r}"
         others = "".join(f", {name}" for name in self.outside)
-        conditions = ["drop.training", f"(drop.{self.kind.rate} or 0.0) >= {self.min_rate}"]
+        conditions = ["drop.training", f"(drop.{self.kind.rate} or 0.0) >= {self.min_rate}", "_dp_can_skip(taken)"]
         if self.kind.mode == "mode":
             conditions.append('drop.mode == "row"')
         # A mask, say, may have an entry for each sample in one call, and one for all in the next.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
+from ..checks import is_dtensor
 from .drops import DropPathKind, drop_path_kind
 from .preserve import preserved
 from .runtime import MISSED
@@ -25,8 +26,11 @@ def verify(root: nn.Module, call: Call, planned: Callable[..., Any]) -> None:
     Raises:
         CannotPlan: they differ.
     """
-    if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_flatten((call.args, call.kwargs))[0]):
+    tensors = [leaf for leaf in tree_flatten((call.args, call.kwargs))[0] if isinstance(leaf, Tensor)]
+    if any(tensor.is_meta for tensor in tensors):
         return
+    if any(map(is_dtensor, tensors)):
+        raise CannotPlan("it was called with DTensors: plan it with an example of plain tensors")
     root.__dict__.pop(MISSED, None)
     try:
         # At a rate above 0 a drop path returns no alias of its input, which the forward may write to.
