@@ -109,7 +109,8 @@ void check_count(const c10::SymInt& count, const c10::SymInt& samples) {
 }
 
 void check_samples(int64_t samples) {
-  TORCH_CHECK_VALUE(samples >= 0, "size must be a number of samples, but got ", samples);
+  // Beyond that no memory could hold them, and twice their number no int64_t.
+  TORCH_CHECK_VALUE(0 <= samples && samples <= INT64_MAX / 2, "size must be a number of samples, but got ", samples);
 }
 
 void check_keep(const at::Tensor& keep, int64_t samples) {

@@ -207,13 +207,19 @@ def attempt(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[An
         return None, error
 
 
+def arguments_of(case: Case) -> dict[str, Any]:
+    """Those of a call: for the same recipes the same ones, weights of models too."""
+    torch.manual_seed(0)
+    return {name: build(recipe) for name, recipe in case.arguments.items()}
+
+
 def run(case: Case) -> str:
     """The outcome of the call."""
     other = on_other_route(case) if case.is_plain else None
     shared_memory.cache_clear()
     with CONTEXTS[case.context]():
         try:
-            values, others = ({n: build(v) for n, v in c.arguments.items()} if c else {} for c in (case, other))
+            values, others = (arguments_of(c) if c else {} for c in (case, other))
         except Exception:  # of a layout that this shape has not
             return "not built"
         plain = [name for name, recipe in case.arguments.items() if is_plain(recipe) and case.context != "fake"]

@@ -453,6 +453,8 @@ def test_drop_path_rates():
     [
         ((1.5, 3), r"rate must be a number in \[0, 1\], but got 1.5"),
         ((0.1, -1), "depth must be a number of blocks"),
+        ((0.1, torch.tensor([2])), "depth must be a number of blocks"),
+        ((0.1, iter([2])), "depth must be a number of blocks"),
         ((0.1, 3, "cosine"), "schedule must be"),
         ((0.1, 3, "stagewise"), "takes the blocks of each stage"),
     ],

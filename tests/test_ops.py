@@ -475,13 +475,16 @@ def test_infinite_scale_of_what_is_not_kept(device, requires_grad):
     """Zeros are zeros, not NaN: in the kernels, and in the ATen operations that stand for them under a graph."""
     x = torch.ones(2, 3, device=device, requires_grad=requires_grad)
     keep = torch.tensor([True, False], device=device)
-    factor = torch.tensor(float("inf"), dtype=torch.float64, device=device)
-    for scale, given in ((float("inf"), None), (1.0, factor), (float("nan"), None)):
+    infinite, nan = (torch.tensor(v, dtype=torch.float64, device=device) for v in (float("inf"), float("nan")))
+    for scale, given in ((float("inf"), None), (float("nan"), None), (1.0, infinite), (1.0, nan)):
         outs = [OPS.scale_kept(x, keep, scale, given)]
         outs.append(OPS.add_kept_backward(x, None, None, keep, scale, x.dtype, [True, False], given)[0])
         for out in outs:
             assert not out[0].isfinite().any()
             assert_positive_zero(out[1])
+        gamma = torch.ones(3, device=device)
+        of_gamma = OPS.add_kept_backward(x, x.detach(), gamma, keep & False, scale, x.dtype, [False, True], given)[1]
+        assert of_gamma.eq(0).all()
 
 
 def test_in_place_shared_by_threads(device):
@@ -734,6 +737,7 @@ def test_operands_without_all_of_their_memory(requires_grad):
         (torch.ones(3).bool(), 4, ValueError, "keep must have an entry for each of the 4 samples, or one, but got [3]"),
         (torch.ones(0).bool(), 4, ValueError, "keep must have an entry for each of the 4 samples, or one, but got [0]"),
         (torch.ones(1).bool(), -1, ValueError, "size must be a number of samples, but got -1"),
+        (torch.ones(1).bool(), 2**63 - 1, ValueError, "size must be a number of samples, but got 9223372036854775807"),
         (torch.ones(4), 4, TypeError, "keep must be bool, but got float32"),
     ],
 )
@@ -743,9 +747,10 @@ def test_index_kept_of_a_wrong_mask(keep, size, error, sentence):
 
 
 @pytest.mark.parametrize("per_sample", BOTH)
-def test_draw_bernoulli_of_a_wrong_size(per_sample):
-    with pytest.raises(ValueError, match="size must be a number of samples, but got -1"):
-        _C.draw_bernoulli(-1, 0.5, torch.device("cpu"), None, per_sample)
+@pytest.mark.parametrize("size", [-1, 2**63 - 1])
+def test_draw_bernoulli_of_a_wrong_size(size, per_sample):
+    with pytest.raises(ValueError, match=f"size must be a number of samples, but got {size}"):
+        _C.draw_bernoulli(size, 0.5, torch.device("cpu"), None, per_sample)
 
 
 @pytest.mark.parametrize("inverse", [[0], [0, 1, 2, -1, -1, -1, -1, -1, -1], [9] * 8, [-2] * 8])

@@ -40,7 +40,8 @@ void gamma_grad(const at::Tensor& grad_x, bool writes_grad_x, const at::Tensor& 
       for (const auto& thread_sums : sums) {
         total += thread_sums.total(channel);
       }
-      data[channel] = static_cast<scalar_t>(total * static_cast<F>(scale));
+      // Of nothing but dropped samples it is zero, whatever the scale.
+      data[channel] = static_cast<scalar_t>(total == 0 ? total : total * static_cast<F>(scale));
     }
   });
 }

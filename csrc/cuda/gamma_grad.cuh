@@ -293,7 +293,9 @@ __global__ void __launch_bounds__(kSumThreads)
     }
     sum = sum_over_lanes(sum);
     if (lane < kSumChannels && channel < channels) {
-      sum *= factor == nullptr ? scale : scale * static_cast<F>(*factor);
+      if (sum != 0) {  // of nothing but dropped samples it is zero, whatever the scale
+        sum *= factor == nullptr ? scale : scale * static_cast<F>(*factor);
+      }
       grad_gamma[channel] = from_opmath<T>(sum);
     }
   }

@@ -36,8 +36,10 @@ def drop_path_rates(rate: float, depth: int | Sequence[int], schedule: str = "li
     """
     if not isinstance(rate, int | float) or not 0.0 <= rate <= 1.0:
         raise ValueError(f"rate must be a number in [0, 1], but got {rate!r}")
-    stages = [depth] if isinstance(depth, int) else list(depth)
-    if any(isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 0 for blocks in stages):
+    stages = [depth] if isinstance(depth, int) else depth
+    if not isinstance(stages, Sequence) or any(
+        isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 0 for blocks in stages
+    ):
         raise ValueError(f"depth must be a number of blocks, or one for each stage, but got {depth!r}")
     if schedule not in SCHEDULES:
         raise ValueError(f'schedule must be "linear", "uniform" or "stagewise", but got {schedule!r}')
