@@ -263,6 +263,7 @@ at::Tensor scale_kept_autograd(const at::Tensor& x, const at::Tensor& sources, d
   if (is_differentiated(x)) {
     check_input(x, "x");
     check_sources(sources, x);
+    check_factor(factor, sources);
     return select_sources(scaled(x, scale, factor), sources);
   }
   at::AutoDispatchBelowADInplaceOrView guard;
@@ -276,6 +277,7 @@ at::Tensor add_kept_autograd(const at::Tensor& x, const at::Tensor& residual, co
     return add_kept(x, residual, gamma, sources, scale, factor);
   }
   check_add_kept_inputs(x, residual, gamma, sources);
+  check_factor(factor, sources);
   const auto dtype = add_dtype(x, residual, gamma);
   const auto opmath = dtype == at::kDouble ? at::kDouble : at::kFloat;
   at::Tensor branch = select_sources(x.to(opmath), sources);
@@ -299,6 +301,7 @@ std::tuple<at::Tensor, at::Tensor> add_kept_backward_autograd(const at::Tensor& 
     return add_kept_backward(grad, x, gamma, sources, scale, dtype, output_mask, factor);
   }
   check_backward_inputs(grad, x, gamma, sources, dtype, output_mask);
+  check_factor(factor, sources);
   const auto opmath = grad.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const at::Tensor scaled_grad = select_sources(scaled(grad.to(opmath), scale, factor), sources);
   const auto options = grad.options().dtype(dtype);

@@ -95,12 +95,15 @@ void check_rate(const at::Tensor& drop_prob, const at::Tensor& x) {
   check_memory(drop_prob, "drop_prob");
 }
 
-void check_factor(const at::Tensor& factor, const at::Tensor& sources) {
-  TORCH_CHECK_VALUE(factor.dim() == 0, "factor must have no dimension, but got shape ", factor.sym_sizes());
-  TORCH_CHECK_TYPE(factor.scalar_type() == at::kDouble, "factor must be float64, but got ",
-                   c10::getDtypeNames(factor.scalar_type()).first);
-  check_device(factor, "factor", sources, "sources");
-  check_memory(factor, "factor");
+void check_factor(const std::optional<at::Tensor>& factor, const at::Tensor& sources) {
+  if (!factor) {
+    return;
+  }
+  TORCH_CHECK_VALUE(factor->dim() == 0, "factor must have no dimension, but got shape ", factor->sym_sizes());
+  TORCH_CHECK_TYPE(factor->scalar_type() == at::kDouble, "factor must be float64, but got ",
+                   c10::getDtypeNames(factor->scalar_type()).first);
+  check_device(*factor, "factor", sources, "sources");
+  check_memory(*factor, "factor");
 }
 
 void check_count(const c10::SymInt& count, const c10::SymInt& samples) {

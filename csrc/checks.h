@@ -17,7 +17,7 @@ void check_count(const c10::SymInt& count, const c10::SymInt& samples);
 void check_drawn_from(const at::Tensor& x);
 // A rate and a factor that only the device knows.
 void check_rate(const at::Tensor& drop_prob, const at::Tensor& x);
-void check_factor(const at::Tensor& factor, const at::Tensor& sources);
+void check_factor(const std::optional<at::Tensor>& factor, const at::Tensor& sources);
 // For an input x: a keep mask of its samples, or an index of any length.
 void check_sources(const at::Tensor& sources, const at::Tensor& x);
 // A keep mask of so many samples, for the host.

@@ -79,9 +79,9 @@ std::tuple<at::Tensor, at::Tensor> draw_keep_op(const at::Tensor& x, const at::T
 }
 
 Sources given_sources(const at::Tensor& sources, const std::optional<at::Tensor>& factor) {
+  check_factor(factor, sources);
   Sources given{dense_sources(sources)};
   if (factor) {
-    check_factor(*factor, sources);
     given.factor = *factor;
   }
   return given;

@@ -150,7 +150,7 @@ def is_torchs(error: Exception) -> bool:
 
 def judge(error: Exception) -> None:
     """Is it a sentence, of a type that a caller expects?"""
-    if is_torchs(error):
+    if is_torchs(error) or isinstance(error, MemoryError):  # Python's, of a list of so many blocks
         return
     if not isinstance(error, TypeError | ValueError | RuntimeError | IndexError) or isinstance(error, RecursionError):
         raise Fault(f"{type(error).__name__} is none that a caller expects") from error

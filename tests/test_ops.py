@@ -719,12 +719,17 @@ def test_operands_without_all_of_their_memory(requires_grad):
     calls = [*right_calls("cpu"), (OPS.draw_keep, {"drop_prob": torch.tensor(0.5)})]
     calls[-1][1].update(x=torch.ones(8, 3), scale_by_keep=True, per_sample=True)
     for op, arguments in calls:
+        if "scale" in arguments:
+            arguments["factor"] = torch.tensor(1.0, dtype=torch.float64)
+        for name in ("x", "grad"):  # then the op runs as operations of ATen
+            if name in arguments and requires_grad:
+                arguments[name] = arguments[name].clone().requires_grad_()
         for name, value in arguments.items():
             if not isinstance(value, torch.Tensor) or (op, name) == (OPS.draw_keep, "x"):
                 continue
             needed = value.untyped_storage().nbytes()
             for nbytes in (0, needed - 1):
-                short = value.clone().requires_grad_(requires_grad and value.is_floating_point())
+                short = value.detach().clone().requires_grad_(requires_grad and value.is_floating_point())
                 short.untyped_storage().resize_(nbytes)
                 message = f"{name} must have its {needed} bytes of memory, but its storage was resized to {nbytes}"
                 with pytest.raises(ValueError, match=message):
