@@ -112,6 +112,14 @@ MUTANTS = [
         ("test_semantics.py::test_formula",),
     ),
     Mutant(
+        "cuda_scale_of_nothing",
+        "a gradient of gamma to which nothing was added is scaled",
+        "csrc/cuda/gamma_grad.cuh",
+        "if (sum != 0) {",
+        "{",
+        ("test_ops.py::test_infinite_scale_of_what_is_not_kept",),
+    ),
+    Mutant(
         "cuda_factor",
         "a scale that only the device knows is left out",
         "csrc/cuda/operands.cuh",
@@ -282,6 +290,15 @@ MUTANTS = [
         "(total == 0 ? total : total * static_cast<F>(scale))",
         "(total)",
         ("test_semantics.py::test_formula",),
+        "cpu",
+    ),
+    Mutant(
+        "cpu_scale_of_nothing",
+        "a gradient of gamma to which nothing was added is scaled",
+        "csrc/cpu/gamma_grad.cpp",
+        "(total == 0 ? total : total * static_cast<F>(scale))",
+        "(total * static_cast<F>(scale))",
+        ("test_ops.py::test_infinite_scale_of_what_is_not_kept",),
         "cpu",
     ),
     Mutant(
