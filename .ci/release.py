@@ -25,13 +25,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build/release"
 WHEELS = ROOT / "dist/wheels"
 LARGEST_WHEEL = 10_000_000
-NEWEST = re.match(r"\d+\.\d+", torch.__version__)[0]
+OLDEST = "2.11"
 CPU_ONLY = "2.13"  # whose wheel on the index is CPU-only
 
 
@@ -61,16 +59,21 @@ def self_test(python: Path) -> str:
 
 
 class Environment:
-    """A fresh virtual environment with one torch and what its Python brings, nothing else."""
+    """A fresh virtual environment with one torch and what its Python brings, nothing else.
 
-    def __init__(self, name: str, version: str, python: str = sys.executable) -> None:
+    ``version`` is a minor one, "2.13" say; without it pip takes the newest.
+    """
+
+    def __init__(self, name: str, version: str = "", python: str = sys.executable) -> None:
         self.folder = WORK / name
         shutil.rmtree(self.folder, ignore_errors=True)
         run(python, "-m", "venv", self.folder)
         self.python = self.folder / "bin/python"
-        self.pip("install", f"torch=={version}.*", "numpy")  # without NumPy torch prints a warning
+        torch = f"torch=={version}.*" if version else "torch"
+        self.pip("install", torch, "numpy")  # without NumPy torch prints a warning
         self.path = f"{self.folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
         self.torch = self.ask("print(torch.__version__)")
+        self.minor = ".".join(self.torch.split(".")[:2])
         self.files = self.all_files()
 
     def ask(self, code: str) -> str:
@@ -108,11 +111,10 @@ def sources(sdist: Path) -> Path:
 def build_wheel(environment: Environment, sdist: Path, name: str) -> Path:
     folder = sources(sdist)
     cuda = environment.ask("print((torch.version.cuda or '').replace('.', ''))")
-    short = ".".join(environment.torch.split(".")[:2])
     map_paths = f"-ffile-prefix-map={folder}/= -ffile-prefix-map={environment.folder}/="
     environment.pip(
         "wheel", "--no-deps", "--wheel-dir", WORK / name, folder,
-        DROPPATH_EXT_LOCAL=f"torch{short}.{f'cu{cuda}' if cuda else 'cpu'}",
+        DROPPATH_EXT_LOCAL=f"torch{environment.minor}.{f'cu{cuda}' if cuda else 'cpu'}",
         SOURCE_DATE_EPOCH="1700000000",
         CFLAGS=map_paths,
         LDFLAGS="-Wl,--strip-all",
@@ -238,7 +240,7 @@ def check() -> None:
     sdist = make_sdist()
     wheel = WORK / "no wheel was built"
 
-    oldest = Environment("oldest", "2.11")
+    oldest = Environment("oldest", OLDEST)
     with way("README's lines, in a checkout", oldest):
         run("bash", "-ec", quick_start(), cwd=sources(sdist), PATH=oldest.path)
         self_test(oldest.python)
@@ -249,7 +251,7 @@ def check() -> None:
         check_sentence(said, "setuptools 65.5.0 cannot read this pyproject.toml: pip install 'setuptools>=77,<82'")
     shutil.rmtree(oldest.folder)
 
-    newest = Environment("newest", NEWEST)
+    newest = Environment("newest")
     with way("`pip wheel` of the sdist, and the wheel", newest):
         newest.pip("wheel", "--no-deps", "--wheel-dir", WORK / "wheel", sdist)
         wheel = next((WORK / "wheel").glob("*.whl"))
@@ -270,11 +272,11 @@ def check() -> None:
     with way("without a compiler: the sentence", cpu_only):
         said = cpu_only.pip("install", sdist, fails=True, CXX="no-such-compiler")
         check_sentence(said, "no C++ compiler: there is no no-such-compiler on PATH.", "DROPPATH_EXT_NATIVE=0")
-    with way(f"a wheel for torch {NEWEST}: the sentence", cpu_only):
+    with way(f"a wheel for torch {newest.minor}: the sentence", cpu_only):
         cpu_only.pip("install", "--no-deps", wheel)
         said = run(cpu_only.python, "-c", "import droppath_ext", fails=True)
         check_sentence(
-            said, f"ImportError: droppath_ext was built with torch {NEWEST}", cpu_only.torch, "To build it: pip"
+            said, f"ImportError: droppath_ext was built with torch {newest.minor}", cpu_only.torch, "To build it: pip"
         )
         cpu_only.uninstall()
     with way("without torch: the sentence"):
@@ -296,7 +298,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     of_wheels = commands.add_parser("wheels")
-    of_wheels.add_argument("--torch", action="append", help=f"a minor version; default: 2.11, {CPU_ONLY} and {NEWEST}")
+    default = f"{OLDEST}, {CPU_ONLY} and the newest"
+    of_wheels.add_argument("--torch", action="append", help=f"a minor version; default: {default}")
     of_wheels.add_argument("--python", action="append", help="an interpreter; default: this one")
     of_check = commands.add_parser("check")
     of_check.add_argument("--markdown", type=Path, help="write the table here, between its two marks")
@@ -305,7 +308,7 @@ def main() -> int:
     shutil.rmtree(WORK, ignore_errors=True)
     WORK.mkdir(parents=True)
     if args.command == "wheels":
-        wheels(args.python or [sys.executable], args.torch or ["2.11", CPU_ONLY, NEWEST])
+        wheels(args.python or [sys.executable], args.torch or [OLDEST, CPU_ONLY, ""])
         return 0
     check()
     if args.markdown:
