@@ -464,7 +464,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = [mutant.name for mutant in MUTANTS]
     parser.add_argument("names", nargs="*", metavar="NAME", help="mutants; default: all")
     parser.add_argument(
-        "--quickest", type=int, metavar="N", help="only the N that take the least, one of CUDA at least"
+        "--quickest", type=int, metavar="N", help="beside those, the N that take the least, one of CUDA at least"
     )
     parser.add_argument("--markdown", action="store_true", help="write the table of tests/README.md anew")
     options = parser.parse_args(arguments)
@@ -472,10 +472,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"no such mutant: {', '.join(sorted(unknown))}")
     if options.markdown and (options.names or options.quickest):
         parser.error("--markdown needs all mutants")
-    if options.quickest:
-        chosen = quickest(options.quickest)
-    else:
-        chosen = [mutant for mutant in MUTANTS if mutant.name in (options.names or names)]
+    quick = quickest(options.quickest) if options.quickest else []
+    wanted = {*options.names, *(mutant.name for mutant in quick)} or set(names)
+    chosen = [mutant for mutant in MUTANTS if mutant.name in wanted]
     if reason := native_build.without_cuda():
         print(f"mutants of CUDA are left out: {reason}")
         chosen = [mutant for mutant in chosen if not mutant.is_cuda]
