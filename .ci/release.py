@@ -160,12 +160,13 @@ def wheels(pythons: list[str], versions: list[str]) -> None:
             check_contents(first)
             shutil.copy(first, WHEELS)
             write_index()
+            shutil.rmtree(environment.folder)
             tester = Environment("tester", version, python)
             run("bash", "-ec", install_from_index(first), cwd=ROOT, PATH=tester.path)
             self_test(tester.python)
             tester.uninstall()
             print(f"{first.name}: {first.stat().st_size:,} bytes, the same twice, self-test passes", flush=True)
-            for name in ("first", "second", "builder", "tester"):
+            for name in ("first", "second", "tester"):
                 shutil.rmtree(WORK / name)
 
 

@@ -169,6 +169,15 @@ MUTANTS = [
         "reversed",
     ),
     Mutant(
+        "cuda_removed_barrier_in_order",
+        "the same; that the first thread runs first hides it from all but ThreadSanitizer",
+        "csrc/cuda/add_kept.cuh",
+        "__syncthreads();",
+        "",
+        ("test_semantics.py::test_formula",),
+        "thread",
+    ),
+    Mutant(
         "cuda_removed_barrier_of_the_sums",
         "nobody waits for the sums of other lines",
         "csrc/cuda/gamma_grad.cuh",
@@ -459,12 +468,19 @@ def quickest(count: int) -> list[Mutant]:
     return [cuda[0], *(mutant for mutant in ordered if mutant is not cuda[0])][:count]
 
 
+def choose(names: Sequence[str], count: int) -> list[Mutant]:
+    """Those of these names and the ``count`` quickest; without either, all."""
+    quick = quickest(count) if count else []
+    wanted = {*names, *(mutant.name for mutant in quick)}
+    return [mutant for mutant in MUTANTS if not wanted or mutant.name in wanted]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [mutant.name for mutant in MUTANTS]
     parser.add_argument("names", nargs="*", metavar="NAME", help="mutants; default: all")
     parser.add_argument(
-        "--quickest", type=int, metavar="N", help="beside those, the N that take the least, one of CUDA at least"
+        "--quickest", type=int, metavar="N", help="also the N that take the least, one of CUDA at least"
     )
     parser.add_argument("--markdown", action="store_true", help="write the table of tests/README.md anew")
     options = parser.parse_args(arguments)
@@ -472,9 +488,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"no such mutant: {', '.join(sorted(unknown))}")
     if options.markdown and (options.names or options.quickest):
         parser.error("--markdown needs all mutants")
-    quick = quickest(options.quickest) if options.quickest else []
-    wanted = {*options.names, *(mutant.name for mutant in quick)} or set(names)
-    chosen = [mutant for mutant in MUTANTS if mutant.name in wanted]
+    chosen = choose(options.names, options.quickest or 0)
     if reason := native_build.without_cuda():
         print(f"mutants of CUDA are left out: {reason}")
         chosen = [mutant for mutant in chosen if not mutant.is_cuda]

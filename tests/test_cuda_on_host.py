@@ -1,7 +1,7 @@
 """Promise: the CUDA kernels' source passes the ops' tests, run on the host in the place of the CPU's kernels.
 
-Each run is a pytest of its own, in another process. `make test-kernels` runs more, and under sanitizers; that a barrier
-which is missing is seen, a mutant shows.
+Each run is a pytest of its own, in another process. `make test-kernels` runs more, and under sanitizers. The mutants
+`cuda_removed_barrier…` show that a missing barrier is seen.
 """
 
 import platform

@@ -43,6 +43,14 @@ def test_the_quickest_are_those_of_the_table():
     assert max(seconds[mutant.name] for mutant in others) <= min(seconds[mutant.name] for mutant in rest)
 
 
+def test_names_and_the_quickest_add_up():
+    named = [MUTANTS[-1].name]
+    assert mutants.choose([], 0) == list(MUTANTS)
+    assert mutants.choose(named, 0) == [MUTANTS[-1]]
+    assert {mutant.name for mutant in mutants.choose(named, 3)} == {*named, *(one.name for one in mutants.quickest(3))}
+    assert mutants.choose([], 3) == sorted(mutants.quickest(3), key=MUTANTS.index)
+
+
 def outputs(*lines):
     return "\n".join(f"tests/test_x.py::{line}" for line in lines)
 
