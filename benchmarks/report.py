@@ -43,8 +43,10 @@ class Table:
 
 
 def environment(device: torch.device, quick: bool) -> dict:
-    """Everything that a reader needs to judge or to repeat the numbers."""
-    versions = droppath_ext.info.versions()
+    """Everything that a reader needs to judge or to repeat the numbers; paths without the folders of this machine."""
+    checkout = f"{Path(droppath_ext.__file__).parents[1]}/"
+    versions = {name: value.removeprefix(checkout) for name, value in droppath_ext.info.versions().items()}
+    arguments = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
     for package in ("timm", "torchvision"):
         try:
             versions[package] = version(package)
@@ -58,7 +60,7 @@ def environment(device: torch.device, quick: bool) -> dict:
         "threads": torch.get_num_threads(),
         "quick": quick,
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": " ".join([f"python benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": " ".join([f"python benchmarks/{Path(sys.argv[0]).name}", *arguments]),
         "commit": commit(),
         "malloc": {key: value for key, value in os.environ.items() if key.startswith("MALLOC_")},
         "versions": versions,

@@ -126,10 +126,10 @@ class Rated:
     but_first: bool = False
 
 
-_VIT_SMALL_4 = Backbone("vit_small_patch16_224", 160, 64, 128, {"img_size": 160, "depth": 4})
-_SWIN_TINY_2222 = Backbone("swin_tiny_patch4_window7_224", 112, 48, 128, {"img_size": 112, "depths": (2, 2, 2, 2)})
-_CONVNEXT_PICO = Backbone("convnext_pico", 96, 96, 128)
-# Of a size that two cores train; their steps take 0.1 to 2 seconds.
+_VIT_SMALL_4 = Backbone("vit_small_patch16_224", 160, 48, 128, {"img_size": 160, "depth": 4})
+_SWIN_TINY_2222 = Backbone("swin_tiny_patch4_window7_224", 112, 32, 128, {"img_size": 112, "depths": (2, 2, 2, 2)})
+_CONVNEXT_PICO = Backbone("convnext_pico", 96, 64, 128)
+# Of a size that two cores train; their steps take 0.1 to 1.2 seconds.
 SMALL_CONVERT_MODELS = {
     "vit_tiny_6_uniform": Rated(BACKBONES["vit_tiny_6"], 0.4, uniform=True),
     "vit_tiny_6_linear": Rated(BACKBONES["vit_tiny_6"], 0.4),
