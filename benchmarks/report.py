@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -43,10 +44,8 @@ class Table:
 
 
 def environment(device: torch.device, quick: bool) -> dict:
-    """Everything that a reader needs to judge or to repeat the numbers; paths without the folders of this machine."""
-    checkout = f"{Path(droppath_ext.__file__).parents[1]}/"
-    versions = {name: value.removeprefix(checkout) for name, value in droppath_ext.info.versions().items()}
-    arguments = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    """Everything that a reader needs to judge or to repeat the numbers, without the folders of this machine."""
+    versions = {name: _without_folders(value) for name, value in droppath_ext.info.versions().items()}
     for package in ("timm", "torchvision"):
         try:
             versions[package] = version(package)
@@ -60,11 +59,16 @@ def environment(device: torch.device, quick: bool) -> dict:
         "threads": torch.get_num_threads(),
         "quick": quick,
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": " ".join([f"python benchmarks/{Path(sys.argv[0]).name}", *arguments]),
+        "command": " ".join([f"python benchmarks/{Path(sys.argv[0]).name}", *map(_without_folders, sys.argv[1:])]),
         "commit": commit(),
         "malloc": {key: value for key, value in os.environ.items() if key.startswith("MALLOC_")},
         "versions": versions,
     }
+
+
+def _without_folders(word: str) -> str:
+    """`/a/b/x.json` is `x.json`, alone and as in `--json=/a/b/x.json`; a relative path stays."""
+    return re.sub(r"(?<![^\s=])/([^/]+/)*", "", word)
 
 
 def _cpu_name() -> str:
